@@ -1,0 +1,1 @@
+"""Definitions only: registers, structures and numbers, each cited and checked for size."""

@@ -1,0 +1,145 @@
+"""What a guest's processor is asked to do: one tuple per instruction or access.
+
+Scripted guests yield these; the machine-code core decodes to the same ones.  A guest without page tables
+of its own names guest physical addresses and says for each access whether its C-bit is set.
+
+An access or instruction with `count` stands for that many in ascending order, one per page of its size;
+it ends early at the first that faults, and what came before stays done.
+"""
+
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+__all__ = (
+    "Cpuid",
+    "Fetch",
+    "GuestOp",
+    "Hlt",
+    "Load",
+    "Program",
+    "Pvalidate",
+    "PvalidateOut",
+    "Rdmsr",
+    "Rmpadjust",
+    "Rmpquery",
+    "RmpqueryOut",
+    "Store",
+    "Touch",
+    "Vmgexit",
+    "Wrmsr",
+)
+
+
+class Load(NamedTuple):
+    """Read bytes; the guest gets them back.  `c` is the C-bit of the mapping."""
+
+    gpa: int
+    length: int
+    c: bool = True
+
+
+class Store(NamedTuple):
+    """Write bytes."""
+
+    gpa: int
+    data: bytes
+    c: bool = True
+
+
+class Touch(NamedTuple):
+    """Access one byte in each of `count` 4K pages: read it, or write back what was there."""
+
+    gpa: int
+    count: int = 1  # type: ignore[assignment]  # not tuple.count
+    write: bool = False
+    c: bool = True
+
+
+class Fetch(NamedTuple):
+    """Execute from a page; always private.  The guest gets nothing back."""
+
+    gpa: int
+    user: bool = False
+
+
+class Pvalidate(NamedTuple):
+    """PVALIDATE F2 0F 01 FF; size is an RmpPageSize.  The guest gets a PvalidateOut.  [APM3-24594]"""
+
+    gpa: int
+    size: int
+    validate: bool
+    count: int = 1  # type: ignore[assignment]  # not tuple.count
+
+
+class PvalidateOut(NamedTuple):
+    """EAX, CF, and how many of `count` came to their end with EAX=0 and this CF."""
+
+    code: int
+    cf: bool
+    done: int
+
+
+class Rmpadjust(NamedTuple):
+    """RMPADJUST F3 0F 01 FE.  The guest gets RAX.  [APM3-24594]"""
+
+    gpa: int
+    size: int
+    target_vmpl: int
+    perms: int
+    vmsa: bool = False
+
+
+class Rmpquery(NamedTuple):
+    """RMPQUERY F3 0F 01 FD.  The guest gets an RmpqueryOut.  [APM3-24594]"""
+
+    gpa: int
+    target_vmpl: int
+
+
+class RmpqueryOut(NamedTuple):
+    code: int
+    size: int
+    perms: int
+    vmsa: bool
+
+
+class Wrmsr(NamedTuple):
+    msr: int
+    value: int
+
+
+class Rdmsr(NamedTuple):
+    msr: int
+
+
+class Cpuid(NamedTuple):
+    """CPUID: intercepted under SEV-ES, so the guest always gets #VC 0x72."""
+
+    function: int
+    index: int = 0  # type: ignore[assignment]  # not tuple.index
+
+
+class Vmgexit(NamedTuple):
+    """VMGEXIT F3 0F 01 D9.  The guest gets the GHCB MSR as the hypervisor left it."""
+
+
+class Hlt(NamedTuple):
+    """HLT: an automatic exit."""
+
+
+GuestOp = (
+    Load
+    | Store
+    | Touch
+    | Fetch
+    | Pvalidate
+    | Rmpadjust
+    | Rmpquery
+    | Wrmsr
+    | Rdmsr
+    | Cpuid
+    | Vmgexit
+    | Hlt
+)
+Program = Generator[GuestOp, Any, None]
+"""A scripted guest: yields operations, receives results, sees GuestException thrown at the operation."""

@@ -1,0 +1,1 @@
+"""abi/kvm: the numbers and structures of the KVM user-space interface."""

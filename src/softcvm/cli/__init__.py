@@ -1,0 +1,1 @@
+"""The `softcvm` command: one module per sub-command, imported when it is chosen."""

@@ -1,0 +1,266 @@
+"""`softcvm boot`: launch a firmware image on a software host and run its guest's memory life to the end.
+
+Owns the options and what is wrong with them; the life itself is boot_run.py, its report boot_report.py.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from softcvm import __version__
+from softcvm.abi.cpu_types import CPU_SIGNATURES
+from softcvm.cli.errors import UsageError
+from softcvm.cli.sizes import format_size, parse_size
+
+if TYPE_CHECKING:
+    from softcvm.hw.profile import CpuProfile
+    from softcvm.machine import Machine
+    from softcvm.vmm.ovmf import OvmfImage
+    from softcvm.vmm.vmm import GuestConfig
+
+__all__ = ("DESCRIPTION", "EXAMPLES", "add_arguments", "run")
+
+DESCRIPTION = """\
+Launch an SEV-SNP guest from an OVMF image on a software host, run its memory life
+from launch to teardown, and report digest, pages by RMP state, counters, invariants.
+
+The guest is a script, not the firmware's code: it accepts all memory, shares bounce
+buffers, has 2M pages smashed and rejoins them, and provokes each kind of fault once."""
+
+EXAMPLES = """\
+examples:
+  softcvm boot
+  softcvm boot /usr/share/ovmf/OVMF.fd --vcpus 4 --memory 64G
+  softcvm boot --cpu milan --kernel 6.12 --gmem-order 0 --no-prefault --json
+
+Exit status: 0 when the guest ended well and everything held, 1 when not, 2 for bad input."""
+
+_HOST_MEMORY = 1 << 40
+DEFAULT_MEMORY = "1G"
+BUILTIN = "built-in firmware"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--version", action="version", version=f"softcvm {__version__}")
+    add("firmware", nargs="?", metavar="FIRMWARE", help="OVMF image (default: a built-in one)")
+    add("--vcpus", metavar="N", type=_count, default=1, help="number of vCPUs (1)")
+    add(
+        "--memory",
+        metavar="SIZE",
+        type=parse_size,
+        default=parse_size(DEFAULT_MEMORY),
+        help=f"RAM of the guest, such as 512M or 64G ({DEFAULT_MEMORY})",
+    )
+    add(
+        "--vcpu-type",
+        metavar="TYPE",
+        default="EPYC-v4",
+        help=f"QEMU's type of vCPU ({', '.join(CPU_SIGNATURES)}; EPYC-v4)",
+    )
+    add(
+        "--guest-features",
+        metavar="VALUE",
+        type=_number,
+        default=1,
+        help="SEV_FEATURES of the guest (0x1: SNP; 0x21: with DebugSwap; default 0x1)",
+    )
+    host = parser.add_argument_group("host")
+    host.add_argument("--cpu", metavar="CPU", default="genoa", help="milan or genoa (genoa)")
+    host.add_argument("--kernel", metavar="V", default="7.3", help="6.12, 6.18 or 7.3 (7.3)")
+    host.add_argument(
+        "--gmem-order",
+        metavar="N",
+        type=_number,
+        default=9,
+        help="folios of guest_memfd: 9 for 2M, as proposed upstream (default), "
+        "0 for 4K, as in every release",
+    )
+    direct = parser.add_argument_group("direct kernel boot", "hashes that the firmware checks")
+    direct.add_argument("--kernel-image", metavar="PATH", help="kernel that the VMM boots")
+    direct.add_argument("--initrd", metavar="PATH", help="its initrd")
+    direct.add_argument("--append", metavar="CMDLINE", help="its command line")
+    vmm = parser.add_argument_group("VMM")
+    vmm.add_argument(
+        "--no-prefault",
+        action="store_true",
+        help="leave newly private memory to page faults (default: KVM_PRE_FAULT_MEMORY)",
+    )
+    vmm.add_argument(
+        "--no-implicit-conversion",
+        action="store_true",
+        help="give up when the guest uses memory in its other state without asking",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object")
+    output.add_argument("--trace", metavar="FILE", help="write every event as a line of JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    from softcvm.cli import boot_report
+    from softcvm.cli.boot_run import boot
+    from softcvm.vmm.errors import VmmError
+
+    name, image = _firmware(args.firmware)
+    config = _config(args, name, image)
+    machine = _machine(args)
+    lines: list[str] = []
+    with _traced(machine, args.trace), boot_report.progress() as progress:
+        try:
+            result = boot(machine, config, lines.append, progress)
+        except VmmError as error:
+            print(f"softcvm boot: {error}", file=sys.stderr)
+            return 1
+    if result.failure:
+        print(f"softcvm boot: {result.failure}", file=sys.stderr)
+    if args.json:
+        boot_report.print_json(config, result)
+    else:
+        host = f"{args.cpu}, Linux {args.kernel}, guest_memfd order {args.gmem_order}"
+        boot_report.print_report(name, host, config, result, lines)
+    return 0 if result.good else 1
+
+
+def _firmware(path: str | None) -> tuple[str, "OvmfImage"]:
+    from softcvm.cli.inputs import read_firmware
+    from softcvm.vmm.ovmf import parse
+
+    if path is not None:
+        return path, read_firmware(path)
+    from softcvm.guest.firmware import build
+
+    return BUILTIN, parse(build())
+
+
+def _config(args: argparse.Namespace, name: str, image: "OvmfImage") -> "GuestConfig":
+    """Everything about the guest, refused here if it cannot be."""
+    from softcvm.cli.boot_run import boot_info
+    from softcvm.cli.inputs import naming
+    from softcvm.guest.programs.memory_life import lab
+    from softcvm.kernel.virt.kvm.kvm_main import KVM_MAX_VCPUS
+    from softcvm.vmm.board import BoardError, plan_board
+    from softcvm.vmm.run import ExitPolicy
+    from softcvm.vmm.vmm import GuestConfig
+
+    if args.vcpus > KVM_MAX_VCPUS:
+        raise UsageError(f"--vcpus {args.vcpus}: KVM gives a VM at most {KVM_MAX_VCPUS}")
+    signature = CPU_SIGNATURES.get(args.vcpu_type)
+    if signature is None:
+        raise UsageError(
+            f"--vcpu-type {args.vcpu_type!r}: there is {', '.join(CPU_SIGNATURES)}"
+        )
+    if not args.guest_features & 1:
+        raise UsageError(f"--guest-features {args.guest_features:#x}: bit 0, SNP, must be set")
+    if not image.has_table:
+        raise UsageError(f"{name}: not an OVMF image: no footer table at its end")
+    if not image.has_metadata:
+        raise UsageError(f"{name}: no SEV metadata: this firmware cannot boot an SNP guest")
+    cpu = _cpu(args.cpu)
+    try:
+        board = plan_board(args.memory, len(image.data), cpu.phys_bits)
+    except BoardError as error:
+        raise UsageError(f"--memory {format_size(args.memory)}: {error}") from error
+    for section in image.sections:
+        inside = any(
+            s <= section.gpa and section.gpa + section.size <= e for s, e in board.e820
+        )
+        if not inside:
+            raise UsageError(
+                f"{name}: {section} is outside the {format_size(args.memory)} of RAM"
+            )
+    with naming(name):
+        config = GuestConfig(
+            image=image,
+            board=board,
+            vcpus=args.vcpus,
+            vcpu_sig=signature,
+            guest_features=args.guest_features,
+            hashes=_hashes(args),
+            exits=ExitPolicy(
+                prefault=not args.no_prefault,
+                implicit_conversion=not args.no_implicit_conversion,
+            ),
+        )
+        info = boot_info(config)
+        if args.vcpus > 1 and image.ap_reset_eip == 0:
+            raise UsageError(f"{name}: its AP reset address is 0: it starts one vCPU only")
+    try:
+        lab(info)
+    except ValueError as error:
+        raise UsageError(
+            f"--memory {format_size(args.memory)} is too small: {error}"
+        ) from error
+    return config
+
+
+def _hashes(args: argparse.Namespace) -> bytes | None:
+    from softcvm.cli.inputs import kernel_hashes
+
+    if args.kernel_image is None:
+        for option, value in (("--initrd", args.initrd), ("--append", args.append)):
+            if value is not None:
+                raise UsageError(f"{option} needs --kernel-image")
+    return kernel_hashes(args.kernel_image, args.initrd, args.append)
+
+
+def _cpu(name: str) -> "CpuProfile":
+    from softcvm.hw.profile import PROFILES
+
+    if name not in PROFILES:
+        raise UsageError(f"--cpu {name!r}: there is {', '.join(PROFILES)}")
+    return PROFILES[name]
+
+
+def _machine(args: argparse.Namespace) -> "Machine":
+    """A host with at least twice the guest's memory, where the processor can address it."""
+    from softcvm.kernel.profile import PROFILES
+    from softcvm.machine import Machine
+
+    if args.kernel not in PROFILES:
+        raise UsageError(f"--kernel {args.kernel!r}: there is {', '.join(PROFILES)}")
+    if args.gmem_order not in (0, 9):
+        raise UsageError(f"--gmem-order {args.gmem_order}: it is 0 (4K) or 9 (2M)")
+    limit = 1 << _cpu(args.cpu).phys_bits
+    memory = _HOST_MEMORY
+    while memory < min(2 * args.memory, limit):
+        memory *= 2
+    return Machine(
+        kernel=args.kernel, cpu=args.cpu, memory=memory, gmem_max_order=args.gmem_order
+    )
+
+
+@contextmanager
+def _traced(machine: "Machine", path: str | None) -> Iterator[None]:
+    """Every event of the machine as a line of JSON."""
+    if path is None:
+        yield
+        return
+    from softcvm.sim.events import encode
+
+    try:
+        file = open(path, "w", encoding="ascii")  # noqa: SIM115 - what fails later is not its fault
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path}: {reason}") from error
+    with file:
+        detach = machine.events.attach(lambda event: print(encode(event), file=file))
+        try:
+            yield
+        finally:
+            detach()
+
+
+def _count(text: str) -> int:
+    value = _number(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: a guest has at least one vCPU")
+    return value
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text, 0)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

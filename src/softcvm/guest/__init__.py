@@ -1,0 +1,1 @@
+"""What runs inside a guest: scripted programs, the GHCB client they use, and a built-in firmware image."""

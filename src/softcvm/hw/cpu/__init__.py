@@ -1,0 +1,1 @@
+"""Processors: how guest code runs, and when it leaves the guest."""

@@ -1,0 +1,165 @@
+"""A core that runs a scripted guest: a Python generator of operations (abi.insn) instead of code.
+
+Owns where the script stands: the operation under way, how much of it is done, and everything the guest
+has seen.  That record makes the core copyable: a copy feeds it to a fresh generator.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from softcvm.abi.insn import (
+    Cpuid,
+    Fetch,
+    GuestOp,
+    Hlt,
+    Load,
+    Program,
+    Pvalidate,
+    Rdmsr,
+    Rmpadjust,
+    Rmpquery,
+    Store,
+    Touch,
+    Vmgexit,
+    Wrmsr,
+)
+from softcvm.abi.svm import ExitCode, GuestException, Msr, SevStatus, Vector
+from softcvm.hw.access import NptFault
+from softcvm.hw.cpu.core import GuestCpu, VmExitRaised, record_exit
+from softcvm.hw.cpu.vmcb import Vmcb
+from softcvm.hw.insn.pvalidate import pvalidate
+from softcvm.hw.insn.rmpadjust import rmpadjust, rmpquery
+from softcvm.hw.soc import Soc
+from softcvm.sim.state import State
+from softcvm.sim.steps import Point, Steps
+
+__all__ = ("ScriptedCore",)
+
+_RUNNING = object()
+"""An operation is not finished; its result is not known."""
+
+
+class ScriptedCore(State):
+    """Runs make_program() on one vCPU.  When the script returns, the vCPU executes HLT for ever."""
+
+    saved = ("seen", "op", "done", "loaded", "waits")
+    derived = {
+        "soc": "the machine it belongs to",
+        "make_program": "the script, given from outside",
+        "_program": "rebuilt from `seen`",
+    }
+
+    def __init__(self, soc: Soc, make_program: Callable[[], Program]) -> None:
+        self.soc = soc
+        self.make_program = make_program
+        self.seen: list[Any] = []
+        """Result of, or GuestException raised at, every finished operation."""
+        self.op: GuestOp | None = None
+        self.done = 0
+        self.loaded = bytearray()
+        self.waits = False
+        """The operation left the guest and ends when the vCPU is entered again."""
+        self._program: Program | None = None
+
+    def vmrun(self, vmcb: Vmcb) -> Steps[None]:
+        """Run the script until something leaves the guest."""
+        try:
+            cpu = GuestCpu(self.soc, vmcb)
+        except VmExitRaised as refused:
+            record_exit(self.soc, vmcb, refused.code, refused.info_1, refused.info_2)
+            return
+        if self.waits:
+            self._finish(vmcb.ghcb_gpa if isinstance(self.op, Vmgexit) else None)
+        try:
+            while True:
+                if self.op is None:
+                    self.op = self._next()
+                yield Point("guest instruction")
+                if vmcb.intr:
+                    cpu.leave(vmcb, ExitCode.INTR)
+                    return
+                try:
+                    result = self._execute(cpu, vmcb, self.op)
+                except GuestException as exception:
+                    result = exception
+                if result is not _RUNNING:
+                    self._finish(result)
+        except NptFault as fault:
+            cpu.leave(vmcb, ExitCode.NPF, fault.error_code, fault.gpa)
+        except VmExitRaised as left:
+            self.waits = True
+            cpu.leave(vmcb, left.code, left.info_1, left.info_2)
+
+    def _next(self) -> GuestOp:
+        """The script's next operation, after what it has seen so far."""
+        try:
+            if self._program is None:
+                self._program = self.make_program()
+                op = next(self._program)
+                for outcome in self.seen:
+                    op = self._feed(outcome)
+                return op
+            return self._feed(self.seen[-1])
+        except StopIteration:
+            return Hlt()
+        except GuestException as unhandled:
+            raise VmExitRaised(ExitCode.SHUTDOWN) from unhandled
+
+    def _feed(self, outcome: Any) -> GuestOp:
+        assert self._program is not None
+        if isinstance(outcome, GuestException):
+            return self._program.throw(outcome)
+        return self._program.send(outcome)
+
+    def _finish(self, outcome: Any) -> None:
+        self.seen.append(outcome)
+        self.op = None
+        self.done = 0
+        self.loaded = bytearray()
+        self.waits = False
+
+    def _execute(self, cpu: GuestCpu, vmcb: Vmcb, op: GuestOp) -> Any:
+        match op:
+            case Load():
+                return cpu.load(op, self.loaded)
+            case Store():
+                self.done = cpu.store(op, self.done)
+                return _RUNNING if self.done < len(op.data) else None
+            case Touch():
+                self.done = cpu.touch(op, self.done)
+                return _RUNNING if self.done < op.count else None
+            case Fetch():
+                return cpu.fetch(op)
+            case Pvalidate():
+                return pvalidate(self.soc, cpu.npt, cpu.asid, cpu.vmpl, op)
+            case Rmpadjust():
+                return rmpadjust(self.soc, cpu.npt, cpu.asid, cpu.vmpl, op)
+            case Rmpquery():
+                return rmpquery(self.soc, cpu.npt, cpu.asid, cpu.vmpl, op)
+            case Wrmsr():
+                if op.msr != Msr.SEV_ES_GHCB:
+                    raise GuestException(Vector.VC, ExitCode.MSR)
+                vmcb.ghcb_gpa = op.value
+                return None
+            case Rdmsr():
+                if op.msr == Msr.SEV_ES_GHCB:
+                    return vmcb.ghcb_gpa
+                if op.msr == Msr.SEV_STATUS:
+                    return int(SevStatus.SEV | SevStatus.SEV_ES) | cpu.sev_features << 2
+                raise GuestException(Vector.VC, ExitCode.MSR)
+            case Cpuid():
+                raise GuestException(Vector.VC, ExitCode.CPUID)
+            case Vmgexit():
+                raise VmExitRaised(ExitCode.VMGEXIT)
+            case Hlt():
+                raise VmExitRaised(ExitCode.HLT)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ScriptedCore":
+        from copy import deepcopy
+
+        other = ScriptedCore(deepcopy(self.soc, memo), self.make_program)
+        memo[id(self)] = other
+        other.seen = list(self.seen)
+        other.op, other.done, other.waits = self.op, self.done, self.waits
+        other.loaded = bytearray(self.loaded)
+        return other

@@ -1,0 +1,1 @@
+"""Linux as a host of confidential VMs, file by file where Linux has it."""

@@ -1,0 +1,1 @@
+"""arch/: what depends on the processor."""

@@ -1,0 +1,1 @@
+"""arch/x86/kvm: KVM on x86."""

@@ -1,0 +1,81 @@
+"""KVM_GET_SUPPORTED_CPUID: what KVM can give a guest of the processor's CPUID
+(arch/x86/kvm/cpuid.c, v7.2).
+
+Leaves KVM does not pass on are left out, features it does not virtualise are cleared, and
+features it emulates are set whether or not the processor has them.  What a vCPU is then told is
+user space's choice.
+"""
+
+from typing import TYPE_CHECKING
+
+from softcvm.abi.kvm.vcpu import KvmCpuidEntry2
+from softcvm.hw.cpu.cpuid import CpuidResult, leaves
+
+if TYPE_CHECKING:
+    from softcvm.kernel.host import Linux
+
+__all__ = ("KVM_CPUID_SIGNATURE", "kvm_get_supported_cpuid")
+
+KVM_CPUID_SIGNATURE = 0x4000_0000
+KVM_CPUID_FEATURES = 0x4000_0001
+_KVM_FEATURES = (
+    0x0100_7EFB  # KVM_FEATURE_*: clock, async page fault, steal time, PV EOI and the like
+)
+
+# Features that KVM clears in, and sets in, a register of a leaf.
+_MONITOR, _X2APIC, _TSC_DEADLINE, _HYPERVISOR = 1 << 3, 1 << 21, 1 << 24, 1 << 31
+_TSC_ADJUST = 1 << 1
+_SVM_PASSED_ON = 0x0000_9CDB  # 8000_000A EDX: what nested SVM offers
+_SEV_PASSED_ON = 0x1F | 1 << 10 | 1 << 14  # 8000_001F EAX
+
+KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1
+_INDEXED = frozenset({0x4, 0x7, 0xB, 0xD, 0x8000_001D})
+
+
+def kvm_get_supported_cpuid(linux: "Linux") -> list[KvmCpuidEntry2]:
+    """In ascending order, the hypervisor's own leaves between standard and extended ones."""
+    table = {
+        leaf: _virtualised(leaf, result) for leaf, result in leaves(linux.soc.profile).items()
+    }
+    signature = int.from_bytes(b"KVMK", "little"), int.from_bytes(b"VMKV", "little")
+    table[KVM_CPUID_SIGNATURE, 0] = CpuidResult(
+        KVM_CPUID_FEATURES, *signature, int.from_bytes(b"M\0\0\0", "little")
+    )
+    table[KVM_CPUID_FEATURES, 0] = CpuidResult(_KVM_FEATURES)
+    return [
+        KvmCpuidEntry2(
+            function=function,
+            index=index,
+            flags=KVM_CPUID_FLAG_SIGNIFCANT_INDEX if function in _INDEXED else 0,
+            **result._asdict(),
+        )
+        for (function, index), result in sorted(table.items())
+    ]
+
+
+def _virtualised(leaf: tuple[int, int], result: CpuidResult) -> CpuidResult:
+    match leaf:
+        case (0x1, 0):
+            ecx = result.ecx & ~_MONITOR | _X2APIC | _TSC_DEADLINE | _HYPERVISOR
+            return result._replace(ebx=result.ebx & 0xFFFF, ecx=ecx)
+        case (0x5, 0):
+            return CpuidResult()
+        case (0x6, 0):
+            return CpuidResult(eax=0x4)  # ARAT
+        case (0x7, 0):
+            return result._replace(ebx=result.ebx | _TSC_ADJUST)
+        case (0x8000_0008, 0):
+            return result._replace(eax=result.eax & 0xFFFF | (result.eax & 0xFF) << 16, edx=0)
+        case (0x8000_0007, 0):
+            return CpuidResult(edx=result.edx & 1 << 8)  # invariant TSC
+        case (0x8000_000A, 0):
+            return result._replace(eax=1, ebx=8, ecx=0, edx=result.edx & _SVM_PASSED_ON)
+        case (0x8000_0019 | 0x8000_001B, 0):
+            return CpuidResult()
+        case (0x8000_001E, 0):
+            return CpuidResult()
+        case (0x8000_001F, 0):
+            # "PA bits reduction" is in the address width already, VMPLs are not KVM's.
+            return result._replace(eax=result.eax & _SEV_PASSED_ON, ebx=result.ebx & ~0xFFC0)
+        case _:
+            return result

@@ -1,0 +1,1 @@
+"""arch/x86/kvm/mmu: nested page faults and zaps."""

@@ -1,0 +1,310 @@
+"""kvm_amd: the vCPU on AMD, its run loop, and kvm_x86_ops (arch/x86/kvm/svm/svm.c, v7.2).
+
+Owns VcpuSvm, one entry into the guest with the dispatch of its exit, and SvmOps, through which generic KVM
+reaches everything in this folder.  Only SNP guests can be run: the code of the other kinds would need an
+instruction emulator.
+"""
+
+from collections.abc import Callable
+from errno import EINVAL, ENOTTY, ENXIO
+from typing import TYPE_CHECKING
+
+from softcvm.abi.insn import Hlt, Program
+from softcvm.abi.kvm.memory import VmType
+from softcvm.abi.kvm.run import KvmExit
+from softcvm.abi.sev import KVM_X86_GRP_SEV, KVM_X86_SEV_VMSA_FEATURES
+from softcvm.abi.svm import ExitCode, PfErr
+from softcvm.hw.cpu.core import Core
+from softcvm.hw.cpu.scripted import ScriptedCore
+from softcvm.hw.cpu.vmcb import Vmcb
+from softcvm.kernel.arch.x86.kvm.svm import gmem
+from softcvm.kernel.arch.x86.kvm.svm.asid import SevAsids
+from softcvm.kernel.arch.x86.kvm.svm.emulate import kvm_emulate_halt
+from softcvm.kernel.arch.x86.kvm.svm.ghcb import (
+    VcpuSevEs,
+    sev_es_unmap_ghcb,
+    sev_es_vcpu_reset,
+    sev_handle_vmgexit,
+)
+from softcvm.kernel.arch.x86.kvm.svm.sev import (
+    sev_mem_enc_ioctl,
+    sev_vm_destroy,
+    supported_vmsa_features,
+)
+from softcvm.kernel.arch.x86.kvm.svm.sev_info import (
+    KvmSevInfo,
+    sev_es_guest,
+    sev_guest,
+    sev_info,
+    sev_snp_guest,
+)
+from softcvm.kernel.arch.x86.kvm.svm.vmsa import sev_free_vcpu, sev_vcpu_create
+from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.sim.addr import Gfn, Gpa, Pfn
+from softcvm.sim.state import State
+from softcvm.sim.steps import Steps
+
+if TYPE_CHECKING:
+    from softcvm.hw.npt import Npt
+    from softcvm.hw.soc import Soc
+    from softcvm.kernel.arch.x86.kvm.vcpu import MsrValue
+    from softcvm.kernel.host import Linux
+    from softcvm.kernel.mm.uaccess import UserPtr
+    from softcvm.kernel.task import Process
+    from softcvm.kernel.virt.kvm.kvm_main import Kvm, KvmVcpu
+
+__all__ = ("NewCore", "SvmOps", "VcpuSvm", "svm_init")
+
+NewCore = Callable[["Soc", int], Core]
+"""What executes a vCPU: given the silicon and the vCPU's id."""
+
+
+def _halted() -> Program:
+    """A guest without code."""
+    yield Hlt()
+
+
+class VcpuSvm(State):
+    """struct vcpu_svm.
+
+    vmsa: the page KVM allocated for the registers; None where the guest is not SEV-ES or SNP.
+    cpl: of the exit under way, as the guest gave it in the GHCB.
+    """
+
+    saved = ("vmcb", "vmsa", "sev_es", "cpl", "ran", "core")
+
+    def __init__(self, npt: "Npt", core: Core) -> None:
+        self.vmcb = Vmcb(0, npt)
+        self.vmsa: Pfn | None = None
+        self.sev_es = VcpuSevEs()
+        self.cpl = 0
+        self.ran = False
+        """Entered at least once: its translations were flushed then (pre_sev_run())."""
+        self.core = core
+
+
+class SvmOps(State):
+    """kvm_x86_ops of kvm_amd, and what the module keeps once per host.
+
+    new_core: what the vCPUs of the VMs created from now on run on.
+    """
+
+    saved = ("asids",)
+    derived = {
+        "linux": "the host",
+        "new_core": "guests' code comes from outside",
+        "_cores": "as new_core",
+    }
+
+    def __init__(self, linux: "Linux") -> None:
+        self.linux = linux
+        self.asids = SevAsids(linux)
+        self.new_core: NewCore = lambda soc, _: ScriptedCore(soc, _halted)
+        self._cores: dict[int, NewCore] = {}
+
+    def supported_vm_types(self) -> int:
+        types = 1 << VmType.SEV | 1 << VmType.SEV_ES
+        if self.linux.sev_dev.snp_initialized:
+            types |= 1 << VmType.SNP
+        return types
+
+    # VM and vCPU life
+
+    def vm_init(self, kvm: "Kvm") -> None:
+        arch = kvm.arch
+        arch.sev = KvmSevInfo(self.linux.lockdep)
+        if arch.vm_type in (VmType.SEV, VmType.SEV_ES, VmType.SNP):
+            arch.has_protected_state = arch.vm_type is not VmType.SEV
+            arch.has_private_mem = arch.vm_type is VmType.SNP
+            arch.pre_fault_allowed = not arch.has_private_mem
+            arch.sev.need_init = True
+        self._cores[kvm.id] = self.new_core
+
+    def vm_destroy(self, kvm: "Kvm") -> Steps[None]:
+        self._cores.pop(kvm.id, None)
+        yield from sev_vm_destroy(self.asids, kvm)
+
+    def vcpu_precreate(self, kvm: "Kvm") -> None:
+        """sev_vcpu_precreate() has nothing to refuse; INIT2 does not come after vCPUs."""
+
+    def vcpu_create(self, vcpu: "KvmVcpu") -> Steps[None]:
+        """ENOMEM."""
+        yield from ()
+        kvm = vcpu.kvm
+        vcpu.arch.svm = VcpuSvm(kvm.arch.npt, self._cores[kvm.id](self.linux.soc, vcpu.vcpu_id))
+        sev_vcpu_create(vcpu)
+        if sev_es_guest(kvm):
+            sev_es_vcpu_reset(vcpu)
+
+    def vcpu_free(self, vcpu: "KvmVcpu") -> Steps[None]:
+        yield from ()
+        sev_es = vcpu.arch.svm.sev_es
+        sev_free_vcpu(vcpu)
+        if sev_es.ghcb is not None:
+            sev_es.ghcb.unmap()
+            sev_es.ghcb = None
+
+    def vcpu_run(self, vcpu: "KvmVcpu") -> Steps[int]:
+        return (yield from svm_vcpu_run(vcpu))
+
+    def vcpu_pre_run(self, vcpu: "KvmVcpu") -> None:
+        """sev_vcpu_pre_run() has nothing to refuse."""
+
+    def vcpu_has_events(self, vcpu: "KvmVcpu") -> bool:
+        return False  # AP creation, the only source of events here, is Unmodelled
+
+    def vcpu_accept_events(self, vcpu: "KvmVcpu") -> Steps[None]:
+        yield from ()
+
+    def complete_hypercall(self, vcpu: "KvmVcpu", ret: int) -> None:
+        """RAX reaches the guest through the GHCB; RIP is the guest's own to move."""
+        vcpu.arch.regs.rax = ret & (1 << 64) - 1
+
+    # guest_memfd
+
+    def gmem_prepare(self, kvm: "Kvm", pfn: Pfn, gfn: Gfn, npages: int, max_order: int) -> None:
+        gmem.sev_gmem_prepare(kvm, pfn, gfn, npages, max_order)
+
+    def gmem_invalidate(self, linux: "Linux", start: Pfn, end: Pfn) -> None:
+        gmem.sev_gmem_invalidate(linux, start, end)
+
+    def gmem_max_mapping_level(self, kvm: "Kvm", pfn: Pfn, is_private: bool) -> int:
+        return gmem.sev_gmem_max_mapping_level(kvm, pfn, is_private)
+
+    def gmem_mapping_run(self, kvm: "Kvm", pfn: Pfn, npages: int, is_private: bool) -> int:
+        return gmem.sev_gmem_mapping_run(kvm, pfn, npages, is_private)
+
+    # ioctls
+
+    def mem_enc_ioctl(self, kvm: "Kvm", proc: "Process", argp: "UserPtr") -> Steps[int]:
+        return (yield from sev_mem_enc_ioctl(self.asids, kvm, proc, argp))
+
+    def mem_enc_register_region(
+        self, kvm: "Kvm", proc: "Process", addr: int, size: int
+    ) -> Steps[int]:
+        """ENOTTY unless the VM is encrypted."""
+        yield from kvm.lock.acquire()
+        try:
+            if not sev_guest(kvm):
+                raise KernelError(
+                    ENOTTY, "KVM_MEMORY_ENCRYPT_REG_REGION on a VM that is not SEV"
+                )
+            raise Unmodelled("KVM_MEMORY_ENCRYPT_REG_REGION")
+        finally:
+            kvm.lock.release()
+
+    def mem_enc_unregister_region(
+        self, kvm: "Kvm", proc: "Process", addr: int, size: int
+    ) -> Steps[int]:
+        """ENOTTY unless the VM is encrypted; EINVAL for what was never registered, as all is here."""
+        yield from kvm.lock.acquire()
+        try:
+            if not sev_guest(kvm):
+                raise KernelError(
+                    ENOTTY, "KVM_MEMORY_ENCRYPT_UNREG_REGION on a VM that is not SEV"
+                )
+            raise KernelError(EINVAL, f"region {addr:#x} + {size:#x} is not registered")
+        finally:
+            kvm.lock.release()
+
+    def vm_copy_enc_context_from(
+        self, kvm: "Kvm", proc: "Process", source_fd: int
+    ) -> Steps[int]:
+        raise Unmodelled("KVM_CAP_VM_COPY_ENC_CONTEXT_FROM")
+
+    def vm_move_enc_context_from(
+        self, kvm: "Kvm", proc: "Process", source_fd: int
+    ) -> Steps[int]:
+        raise Unmodelled("KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM")
+
+    def dev_get_attr(self, group: int, attr: int) -> int:
+        """The SEV group has the VMSA features that INIT2 takes.  ENXIO for the rest."""
+        if group != KVM_X86_GRP_SEV or attr != KVM_X86_SEV_VMSA_FEATURES:
+            raise KernelError(ENXIO, f"no attribute {attr} in group {group}")
+        return supported_vmsa_features(self.linux)
+
+    def guest_memory_reclaimed(self, kvm: "Kvm") -> None:
+        """WBINVD for SEV and SEV-ES; private memory of SNP is flushed when guest_memfd frees it."""
+        if sev_guest(kvm) and not sev_snp_guest(kvm):
+            self.linux.soc.caches.wbinvd_on_all_cpus()
+
+    # MSRs
+
+    def set_msr(self, vcpu: "KvmVcpu", index: int, value: int) -> bool:
+        return False
+
+    def get_msr(self, vcpu: "KvmVcpu", index: int) -> "MsrValue":
+        return None
+
+
+def svm_init(linux: "Linux") -> None:
+    """Load kvm_amd: after sev_platform_init(), so that it knows whether SNP is there."""
+    linux.kvm_x86_ops = SvmOps(linux)
+
+
+# The run loop's body
+
+
+def svm_vcpu_run(vcpu: "KvmVcpu") -> Steps[int]:
+    """Enter the guest once and deal with its exit.
+
+    1: enter again.  0: user space must act.  KernelError: KVM_RUN fails with it.
+    """
+    svm, kvm = vcpu.arch.svm, vcpu.kvm
+    if not sev_snp_guest(kvm):
+        raise Unmodelled(f"running a {kvm.arch.vm_type.name} vCPU")
+    yield from sev_es_unmap_ghcb(vcpu)
+    if svm.vmcb.vmsa_pa is None and kvm.linux.profile.refuse_vmrun_without_vmsa:
+        return _fail_entry(vcpu)
+    _pre_sev_run(vcpu)
+    yield from svm.core.vmrun(svm.vmcb)
+    code = svm.vmcb.exit_code
+    if code == ExitCode.INVALID:
+        return _fail_entry(vcpu)
+    match code:
+        case ExitCode.NPF:
+            return (yield from _npf_interception(vcpu))
+        case ExitCode.VMGEXIT:
+            return (yield from sev_handle_vmgexit(vcpu))
+        case ExitCode.HLT:
+            return kvm_emulate_halt(vcpu)
+        case ExitCode.INTR:
+            return 1
+        case ExitCode.SHUTDOWN:
+            vcpu.run.exit_reason = KvmExit.SHUTDOWN
+            return 0
+        case _:
+            raise Unmodelled(f"#VMEXIT {code:#x} of an SNP guest")
+
+
+def _pre_sev_run(vcpu: "KvmVcpu") -> None:
+    """The VM's ASID, and a flush of its translations when another VMCB may have used it here."""
+    svm = vcpu.arch.svm
+    svm.vmcb.asid = sev_info(vcpu.kvm).asid
+    if not svm.ran:
+        svm.ran = True
+        vcpu.kvm.linux.soc.flush_tlb(svm.vmcb.asid)
+
+
+def _fail_entry(vcpu: "KvmVcpu") -> int:
+    run = vcpu.run
+    run.exit_reason = KvmExit.FAIL_ENTRY
+    run.fail_entry_hardware_entry_failure_reason = int(ExitCode.INVALID)
+    run.fail_entry_cpu = 0
+    return 0
+
+
+def _npf_interception(vcpu: "KvmVcpu") -> Steps[int]:
+    """#NPF: C-bit set means a private access; map what is missing, then mend the RMP if it was the RMP."""
+    from softcvm.kernel.arch.x86.kvm.mmu.mmu import RetPf, kvm_mmu_page_fault
+
+    svm = vcpu.arch.svm
+    gpa, error_code = Gpa(svm.vmcb.exit_info_2), svm.vmcb.exit_info_1
+    if error_code & PfErr.GUEST_ENC:
+        error_code |= int(PfErr.PRIVATE_ACCESS)
+    result = yield from kvm_mmu_page_fault(vcpu, gpa, error_code)
+    if result is RetPf.EMULATE:
+        raise Unmodelled(f"emulating a shared access to GPA {gpa:#x}, which has no memory")
+    if error_code & PfErr.RMP:
+        yield from gmem.sev_handle_rmp_fault(vcpu, gpa, error_code)
+    return 1

@@ -1,0 +1,100 @@
+"""struct kvm_vcpu_arch: the registers of a vCPU as user space sets them (arch/x86/kvm/x86.c,
+v7.2).
+
+They are what the guest starts from.  Once guest_state_protected is set (SEV-ES and SNP after
+the VMSA is encrypted) KVM can no longer see or change them; x86.py refuses or ignores what
+Linux does.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from softcvm.abi.kvm.vcpu import (
+    KvmCpuidEntry2,
+    KvmDebugregs,
+    KvmDtable,
+    KvmFpu,
+    KvmRegs,
+    KvmSegment,
+    KvmSregs,
+    MpState,
+)
+from softcvm.sim.state import State
+from softcvm.sim.steps import Steps
+
+if TYPE_CHECKING:
+    from softcvm.kernel.arch.x86.kvm.svm.svm import VcpuSvm
+    from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
+
+__all__ = ("MSR_IA32_CR_PAT", "CompleteUserspaceIo", "MsrValue", "VcpuArch", "reset_sregs")
+
+MsrValue = int | None
+CompleteUserspaceIo = Callable[["KvmVcpu"], Steps[int]]
+"""What finishes an exit when the VMM enters again; returns 1 to go on and 0 to leave again."""
+
+MSR_IA32_CR_PAT = 0x277
+_PAT_RESET = 0x0007_0406_0007_0406
+
+
+def _segment(selector: int, base: int, type_: int, *, s: int = 1) -> bytes:
+    return bytes(
+        KvmSegment(base=base, limit=0xFFFF, selector=selector, type=type_, present=1, s=s)
+    )
+
+
+def reset_sregs() -> KvmSregs:
+    """System registers after INIT or power-up.  [APM2-24593 Table 14-1]"""
+    data = _segment(0, 0, 3)
+    sregs = KvmSregs(
+        cs=_segment(0xF000, 0xFFFF_0000, 0xB),
+        tr=_segment(0, 0, 0xB, s=0),
+        ldt=_segment(0, 0, 2, s=0),
+        cr0=0x6000_0010,
+    )
+    sregs.ds = sregs.es = sregs.fs = sregs.gs = sregs.ss = data
+    sregs.gdt = sregs.idt = bytes(KvmDtable(limit=0xFFFF))
+    return sregs
+
+
+class VcpuArch(State):
+    """Register state, exits in flight, and the vendor's part (`svm`)."""
+
+    saved = (
+        "regs",
+        "sregs",
+        "fpu",
+        "xcr0",
+        "debugregs",
+        "guest_debug",
+        "msrs",
+        "cpuid_entries",
+        "mp_state",
+        "guest_state_protected",
+        "has_run",
+        "completes",
+        "svm",
+    )
+    derived = {"complete_userspace_io": "named by `completes`"}
+
+    svm: "VcpuSvm"
+
+    def __init__(self, *, bsp: bool, irqchip: bool) -> None:
+        self.regs = KvmRegs(rdx=0x600, rip=0xFFF0, rflags=2)
+        self.sregs = reset_sregs()
+        self.sregs.apic_base = 0xFEE0_0800 | (0x100 if bsp else 0)
+        self.fpu = KvmFpu(fcw=0x37F, mxcsr=0x1F80)
+        self.xcr0 = 1
+        self.debugregs = KvmDebugregs(dr6=0xFFFF_0FF0, dr7=0x400)
+        self.guest_debug = 0
+        self.msrs: dict[int, int] = {MSR_IA32_CR_PAT: _PAT_RESET}
+        self.cpuid_entries: list[KvmCpuidEntry2] = []
+        self.mp_state = MpState.UNINITIALIZED if irqchip and not bsp else MpState.RUNNABLE
+        self.guest_state_protected = False
+        self.has_run = False
+        """It entered the guest at least once (last_vmentry_cpu)."""
+        self.complete_userspace_io: CompleteUserspaceIo | None = None
+
+    @property
+    def completes(self) -> str | None:
+        """Name of the pending completion."""
+        return self.complete_userspace_io.__qualname__ if self.complete_userspace_io else None

@@ -1,0 +1,1 @@
+"""arch/x86/virt: what a host needs before any VM exists."""

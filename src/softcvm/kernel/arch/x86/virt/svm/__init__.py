@@ -1,0 +1,1 @@
+"""arch/x86/virt/svm: the host side of SEV-SNP."""

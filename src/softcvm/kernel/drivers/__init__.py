@@ -1,0 +1,1 @@
+"""drivers: the parts of Linux that talk to devices; here the AMD-SP."""

@@ -1,0 +1,1 @@
+"""drivers/crypto/ccp: the driver of the AMD Secure Processor."""

@@ -1,0 +1,1 @@
+"""fs/: struct file and the table of file descriptors."""

@@ -1,0 +1,1 @@
+"""mm/: physical pages, address spaces and how the kernel touches user memory."""

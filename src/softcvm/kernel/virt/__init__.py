@@ -1,0 +1,1 @@
+"""virt/: what KVM shares between architectures."""

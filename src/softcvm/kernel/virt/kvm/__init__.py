@@ -1,0 +1,1 @@
+"""virt/kvm: the generic part of KVM."""

@@ -1,0 +1,110 @@
+"""Host mappings of KVM's files: guest_memfd (6.18) and the vCPU's kvm_run (v7.2).
+
+A guest_memfd can be mapped only when it was created with MMAP, and touched only when it was
+created INIT_SHARED; pages of a VM with private memory never are.  kvm_run and its neighbours
+are kernel memory.
+
+Locks: a fault holds mmap_lock and takes folio locks.
+"""
+
+from errno import EINVAL, ENODEV, EPERM
+from typing import TYPE_CHECKING
+
+from softcvm.abi.kvm.memory import GmemFlag
+from softcvm.kernel.errors import KernelError
+from softcvm.kernel.mm.memory import SIGBUS, BadAccess
+from softcvm.kernel.mm.mmap import MAP_PRIVATE, MAP_TYPE, PROT_EXEC, MmStruct, Vma, VmOps
+from softcvm.kernel.virt.kvm.gmem_inode import GmemInode, kvm_gmem_get_folio
+from softcvm.sim.addr import PAGE_SHIFT, Pfn
+from softcvm.sim.steps import Steps
+
+if TYPE_CHECKING:
+    from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
+
+__all__ = ("GmemVmOps", "VcpuVmOps")
+
+
+class GmemVmOps(VmOps):
+    """kvm_gmem_vm_ops"""
+
+    def __init__(self, inode: GmemInode) -> None:
+        self.inode = inode
+
+    def may_map(self, pgoff: int, npages: int, prot: int, flags: int) -> None:
+        if prot & PROT_EXEC:
+            raise KernelError(EPERM, "guest_memfd is noexec")
+        if not self.inode.flags & GmemFlag.MMAP:
+            raise KernelError(ENODEV, "the guest_memfd was created without MMAP")
+        if flags & MAP_TYPE == MAP_PRIVATE:
+            raise KernelError(EINVAL, "a guest_memfd is mapped MAP_SHARED")
+
+    def memory(self, pgoff: int) -> bytearray | None:
+        return None
+
+    def fault(self, pgoff: int, npages: int) -> Steps[list[tuple[Pfn, int]]]:
+        """kvm_gmem_fault_user_mapping(): folios, zeroed once; up to `npages` of them."""
+        inode = self.inode
+        runs: list[tuple[Pfn, int]] = []
+        index, end = pgoff, pgoff + npages
+        while index < end:
+            if index >= inode.npages:
+                raise BadAccess(
+                    SIGBUS, index << PAGE_SHIFT, "beyond the end of the guest_memfd"
+                )
+            if not inode.flags & GmemFlag.INIT_SHARED:
+                raise BadAccess(
+                    SIGBUS, index << PAGE_SHIFT, "the guest_memfd is not INIT_SHARED"
+                )
+            run = yield from kvm_gmem_get_folio(inode, index, min(end, inode.npages))
+            try:
+                self._clear(run.pgoff, run.npages, run.pfn)
+            finally:
+                inode.unlock_folios(run.lock)
+            runs.append((run.pfn, run.npages))
+            index += run.npages
+        return runs
+
+    def mapped(self, mm: MmStruct, vma: Vma) -> None:
+        self.inode.i_mmap.append((mm, vma))
+
+    def unmapped(self, mm: MmStruct, vma: Vma) -> None:
+        self.inode.i_mmap = [(m, v) for m, v in self.inode.i_mmap if v is not vma]
+
+    def _clear(self, index: int, npages: int, pfn: int) -> None:
+        inode = self.inode
+        if any(poisoned for _, _, poisoned in inode.poisoned.runs(index, index + npages)):
+            raise BadAccess(SIGBUS, index << PAGE_SHIFT, "hardware poison")
+        for lo, hi, uptodate in inode.uptodate.runs(index, index + npages):
+            if not uptodate:
+                inode.linux.page_alloc.clear_pages(pfn + lo - index, hi - lo)
+                inode.uptodate.set(lo, hi, True)
+
+
+class VcpuVmOps(VmOps):
+    """kvm_vcpu_vm_ops: page 0 is kvm_run, page 1 the data of port I/O, page 2 the coalesced
+    MMIO ring."""
+
+    def __init__(self, vcpu: "KvmVcpu") -> None:
+        self.vcpu = vcpu
+
+    def may_map(self, pgoff: int, npages: int, prot: int, flags: int) -> None:
+        """Anything goes; a page beyond the last is SIGBUS when it is touched."""
+
+    def memory(self, pgoff: int) -> bytearray | None:
+        if pgoff == 0:
+            return self.vcpu.run.data
+        if pgoff == 1:
+            return self.vcpu.pio_data
+        if pgoff == 2:
+            return self.vcpu.kvm.coalesced_mmio_ring
+        return None
+
+    def fault(self, pgoff: int, npages: int) -> Steps[list[tuple[Pfn, int]]]:
+        yield from ()
+        raise BadAccess(SIGBUS, pgoff << PAGE_SHIFT, "beyond the pages of a vCPU")
+
+    def mapped(self, mm: MmStruct, vma: Vma) -> None:
+        """Nothing to remember: the mapping holds the file."""
+
+    def unmapped(self, mm: MmStruct, vma: Vma) -> None:
+        """Nothing to forget."""

@@ -1,0 +1,368 @@
+"""struct kvm and struct kvm_vcpu: a VM, its vCPUs, and the references that keep them.
+
+virt/kvm/kvm_main.c, v7.2.  A VM lives until its last reference: its own fd, each vCPU fd, each
+guest_memfd file, each mirror VM.  The invalidation protocol that faults are checked against
+(begin, add range, end, retry) is here; who begins and ends is memslots.py, mem_attributes.py,
+guest_memfd.py and mmu_notifier.py. What x86 adds is kvm.arch and arch/x86/kvm.
+
+Locks, outermost first: kvm.lock (the VM as a whole), vcpu.mutex (one ioctl at a time),
+slots_lock (memslots and attributes), srcu (readers of memslots), mmu_lock (page tables and the
+invalidation state).
+"""
+
+from errno import EEXIST, EINVAL, EIO
+from typing import TYPE_CHECKING, NamedTuple
+
+from softcvm.abi.kvm.memory import VmType
+from softcvm.abi.kvm.run import KvmRun
+from softcvm.hw.npt import Npt
+from softcvm.kernel.arch.x86.kvm.vcpu import VcpuArch
+from softcvm.kernel.errors import KernelError
+from softcvm.kernel.fs.file import File, FileKind
+from softcvm.kernel.host import KvmBug, Linux
+from softcvm.kernel.locks import Rank
+from softcvm.kernel.virt.kvm.memslots import Memslots, kvm_free_memslots, nr_memslot_as_ids
+from softcvm.kernel.virt.kvm.mmu_notifier import KvmMmuNotifier
+from softcvm.sim.addr import PAGE_SIZE, Gfn
+from softcvm.sim.rangemap import RangeMap
+from softcvm.sim.state import State
+from softcvm.sim.steps import Mutex, RwSem, Steps, lockdep_assert_held
+
+if TYPE_CHECKING:
+    from softcvm.kernel.arch.x86.kvm.ops import X86Ops
+    from softcvm.kernel.arch.x86.kvm.svm.sev import KvmSevInfo
+    from softcvm.kernel.mm.mmap import MmStruct
+    from softcvm.kernel.task import Process
+    from softcvm.kernel.virt.kvm.memslots import KvmMemorySlot
+
+__all__ = (
+    "KVM_MAX_VCPUS",
+    "KVM_MAX_VCPU_IDS",
+    "Kvm",
+    "KvmArch",
+    "KvmVcpu",
+    "VmCreated",
+    "VmDestroyed",
+    "kvm_create_vcpu",
+    "kvm_create_vm",
+    "kvm_supported_vm_types",
+)
+
+KVM_MAX_VCPUS = 1024
+KVM_MAX_VCPU_IDS = 4 * KVM_MAX_VCPUS
+
+
+class VmCreated(NamedTuple):
+    vm: int
+    vm_type: VmType
+
+
+class VmDestroyed(NamedTuple):
+    vm: int
+
+
+class KvmArch(State):
+    """struct kvm_arch (arch/x86/include/asm/kvm_host.h): what x86 adds to a VM."""
+
+    saved = (
+        "vm_type",
+        "has_private_mem",
+        "has_protected_state",
+        "pre_fault_allowed",
+        "hypercall_exit_enabled",
+        "disabled_quirks",
+        "irqchip",
+        "npt",
+        "sev",
+    )
+
+    def __init__(self, vm_type: VmType) -> None:
+        self.vm_type = vm_type
+        self.has_private_mem = vm_type is VmType.SW_PROTECTED
+        self.has_protected_state = False
+        self.pre_fault_allowed = vm_type in (VmType.DEFAULT, VmType.SW_PROTECTED)
+        self.hypercall_exit_enabled = 0
+        """Mask of hypercall numbers that leave to user space (KVM_CAP_EXIT_HYPERCALL)."""
+        self.disabled_quirks = 0
+        self.irqchip = False
+        """In-kernel local APICs: APs wait for INIT and SIPI.  # stored; no interrupt is
+        modelled"""
+        self.npt = Npt()
+        self.sev: KvmSevInfo | None = None
+
+
+class Kvm(State):
+    """struct kvm.  `mm` is the address space of its creator, the only one that may use it."""
+
+    saved = (
+        "id",
+        "mm",
+        "users_count",
+        "memslots",
+        "nr_memslot_pages",
+        "mem_attr",
+        "mmu_invalidate_seq",
+        "mmu_invalidate_in_progress",
+        "mmu_invalidate_range_start",
+        "mmu_invalidate_range_end",
+        "mn_active_invalidate_count",
+        "created_vcpus",
+        "vcpus",
+        "coalesced_mmio_ring",
+        "vm_bugged",
+        "vm_dead",
+        "arch",
+    )
+    derived = {
+        "linux": "the host, which lists this VM",
+        "lock": "free at quiescent points",
+        "slots_lock": "free at quiescent points",
+        "srcu": "no reader at quiescent points",
+        "mmu_lock": "free at quiescent points",
+        "notifier": "the address space's way to this VM",
+    }
+
+    memslots: list[Memslots]
+
+    def __init__(self, linux: Linux, mm: "MmStruct", vm_type: VmType) -> None:
+        self.linux = linux
+        self.id = linux.next_vm
+        linux.next_vm += 1
+        self.mm = mm
+        self.users_count = 1
+        dep = linux.lockdep
+        self.lock = Mutex(dep, "kvm->lock", Rank.KVM_LOCK)
+        self.slots_lock = Mutex(dep, "kvm->slots_lock", Rank.SLOTS_LOCK)
+        self.srcu = RwSem(dep, "kvm->srcu", Rank.KVM_SRCU)
+        self.mmu_lock = RwSem(dep, "kvm->mmu_lock", Rank.MMU_LOCK)
+        self.nr_memslot_pages = 0
+        self.mem_attr: RangeMap[int] = RangeMap(0)
+        """gfn -> KVM_MEMORY_ATTRIBUTE_*; 0, shared, where nobody said anything."""
+        self.mmu_invalidate_seq = 0
+        self.mmu_invalidate_in_progress = 0
+        self.mmu_invalidate_range_start: int | None = None
+        self.mmu_invalidate_range_end: int | None = None
+        self.mn_active_invalidate_count = 0
+        self.created_vcpus = 0
+        self.vcpus: list[KvmVcpu] = []
+        self.coalesced_mmio_ring = bytearray(PAGE_SIZE)
+        self.vm_bugged = False
+        self.vm_dead = False
+        self.arch = KvmArch(vm_type)
+        self.notifier = KvmMmuNotifier(self)
+
+    def get(self) -> "Kvm":
+        """kvm_get_kvm()"""
+        if self.users_count <= 0:
+            raise ValueError(f"kvm_get_kvm() on VM {self.id} whose last reference is gone")
+        self.users_count += 1
+        return self
+
+    def put(self) -> Steps[None]:
+        """kvm_put_kvm(): the last reference destroys the VM."""
+        self.users_count -= 1
+        if self.users_count == 0:
+            yield from kvm_destroy_vm(self)
+
+    @property
+    def ops(self) -> "X86Ops":
+        return self.linux.kvm_x86_ops
+
+    @property
+    def online_vcpus(self) -> int:
+        return len(self.vcpus)
+
+    def bug(self, why: str) -> KernelError:
+        """KVM_BUG(): the VM is dead from here on; raise what this returns (EIO) or go on as
+        Linux does."""
+        if not self.vm_bugged:
+            self.vm_bugged = True
+            self.vm_dead = True
+            self.linux.counters.warnings += 1
+            if self.linux.tp.emit:
+                self.linux.tp.emit(KvmBug(self.id, why))
+        return KernelError(EIO, f"KVM_BUG: {why}")
+
+    def gfn_to_memslot(self, gfn: Gfn, as_id: int = 0) -> "KvmMemorySlot | None":
+        return self.memslots[as_id].at(gfn)
+
+    def flush_remote_tlbs(self) -> None:
+        """kvm_flush_remote_tlbs(): no vCPU may use a translation that was zapped before
+        this."""
+        sev = self.arch.sev
+        self.linux.soc.flush_tlb(sev.asid if sev is not None else 0)
+
+    # What a fault is checked against.  begin, add and end need mmu_lock held for write.
+
+    def mmu_invalidate_begin(self) -> None:
+        lockdep_assert_held(self.mmu_lock)
+        self.mmu_invalidate_in_progress += 1
+        if self.mmu_invalidate_in_progress == 1:
+            self.mmu_invalidate_range_start = None
+            self.mmu_invalidate_range_end = None
+
+    def mmu_invalidate_range_add(self, start: int, end: int) -> None:
+        """Widen the range under invalidation; it never shrinks before the last end."""
+        lockdep_assert_held(self.mmu_lock)
+        if self.mmu_invalidate_range_start is None or self.mmu_invalidate_range_end is None:
+            self.mmu_invalidate_range_start, self.mmu_invalidate_range_end = start, end
+        else:
+            self.mmu_invalidate_range_start = min(self.mmu_invalidate_range_start, start)
+            self.mmu_invalidate_range_end = max(self.mmu_invalidate_range_end, end)
+
+    def mmu_invalidate_end(self) -> None:
+        lockdep_assert_held(self.mmu_lock)
+        self.mmu_invalidate_seq += 1
+        if self.mmu_invalidate_range_start is None:
+            self.linux.warn("kvm_mmu_invalidate_end", "no range was added since begin")
+        self.mmu_invalidate_in_progress -= 1
+        if self.mmu_invalidate_in_progress < 0:
+            self.bug("mmu_invalidate_end() without begin()")
+
+    def mmu_invalidate_retry_gfn(self, seq: int, start: int, end: int | None = None) -> bool:
+        """Whether a fault on [start, end) that began at `seq` has lost against an
+        invalidation."""
+        if self.mmu_invalidate_in_progress:
+            lo, hi = self.mmu_invalidate_range_start, self.mmu_invalidate_range_end
+            if lo is None or hi is None:
+                self.linux.warn("mmu_invalidate_retry_gfn", "invalidation without a range")
+                return True
+            if lo < (start + 1 if end is None else end) and start < hi:
+                return True
+        return self.mmu_invalidate_seq != seq
+
+
+class KvmVcpu(State):
+    """struct kvm_vcpu.  `run` is the page that the VMM maps at offset 0 of the vCPU's fd."""
+
+    saved = ("vcpu_id", "vcpu_idx", "run", "pio_data", "arch")
+    derived = {
+        "kvm": "the VM, which lists this vCPU",
+        "mutex": "free at quiescent points",
+        "proc": "who runs it, during an ioctl",
+    }
+
+    def __init__(self, kvm: Kvm, vcpu_id: int) -> None:
+        self.kvm = kvm
+        self.vcpu_id = vcpu_id
+        self.vcpu_idx = -1
+        self.mutex = Mutex(kvm.linux.lockdep, "vcpu->mutex", Rank.VCPU_MUTEX)
+        self.run = KvmRun()
+        self.pio_data = bytearray(PAGE_SIZE)
+        self.proc: Process | None = None
+        self.arch = VcpuArch(bsp=vcpu_id == 0, irqchip=kvm.arch.irqchip)
+
+
+def kvm_supported_vm_types(linux: Linux) -> int:
+    """KVM_CAP_VM_TYPES: mask by type number."""
+    return (
+        1 << VmType.DEFAULT | 1 << VmType.SW_PROTECTED | linux.kvm_x86_ops.supported_vm_types()
+    )
+
+
+def kvm_create_vm(proc: "Process", vm_type: int) -> int:
+    """KVM_CREATE_VM: a VM of the caller's address space; its fd is close-on-exec.
+
+    EMFILE comes before EINVAL for the type, because the number is reserved first.
+    """
+    linux = proc.linux
+    fd = proc.files.get_unused_fd(proc.rlimits.nofile)
+    try:
+        if vm_type >= 32 or not kvm_supported_vm_types(linux) >> vm_type & 1:
+            raise KernelError(EINVAL, f"VM type {vm_type:#x} is not supported")
+        kvm = Kvm(linux, proc.mm, VmType(vm_type))
+        linux.kvm_x86_ops.vm_init(kvm)
+    except KernelError:
+        proc.files.put_unused_fd(fd)
+        raise
+    kvm.memslots = [Memslots() for _ in range(nr_memslot_as_ids(kvm))]
+    proc.mm.notifiers.append(kvm.notifier)
+    linux.vm_list.append(kvm)
+    if linux.tp.emit:
+        linux.tp.emit(VmCreated(kvm.id, kvm.arch.vm_type))
+    return proc.files.install(fd, File(FileKind.VM, kvm, _kvm_vm_release), cloexec=True)
+
+
+def _kvm_vm_release(file: File) -> Steps[None]:
+    kvm = file.private
+    if not isinstance(kvm, Kvm):
+        raise TypeError(f"release of a {file.kind.value} file as a VM")
+    yield from kvm.put()
+
+
+def _kvm_vcpu_release(file: File) -> Steps[None]:
+    """The vCPU itself stays until its VM is destroyed."""
+    vcpu = file.private
+    if not isinstance(vcpu, KvmVcpu):
+        raise TypeError(f"release of a {file.kind.value} file as a vCPU")
+    yield from vcpu.kvm.put()
+
+
+def kvm_destroy_vm(kvm: Kvm) -> Steps[None]:
+    """The last reference is gone: zap, vCPUs, vendor, memslots, attributes, in this order."""
+    linux = kvm.linux
+    linux.vm_list.remove(kvm)
+    if kvm.notifier in kvm.mm.notifiers:
+        kvm.mm.notifiers.remove(kvm.notifier)
+    yield from kvm.notifier.mm_release()
+    if kvm.mn_active_invalidate_count:
+        kvm.mn_active_invalidate_count = 0
+    elif kvm.mmu_invalidate_in_progress:
+        linux.warn("kvm_destroy_vm", "an invalidation is still in progress")
+    for vcpu in kvm.vcpus:
+        yield from kvm.ops.vcpu_free(vcpu)
+    kvm.vcpus.clear()
+    yield from kvm.ops.vm_destroy(kvm)
+    yield from kvm_free_memslots(kvm)
+    kvm.mem_attr.clear()
+    if linux.tp.emit:
+        linux.tp.emit(VmDestroyed(kvm.id))
+
+
+def kvm_create_vcpu(kvm: Kvm, proc: "Process", vcpu_id: int) -> Steps[int]:
+    """KVM_CREATE_VCPU: a vCPU and its fd, which holds the VM.
+
+    EINVAL: id or number of vCPUs.  EEXIST: the id is taken.  EMFILE, and what the vendor
+    answers.
+    """
+    if vcpu_id >= KVM_MAX_VCPU_IDS:
+        raise KernelError(EINVAL, f"vCPU id {vcpu_id:#x} of {KVM_MAX_VCPU_IDS:#x}")
+    yield from kvm.lock.acquire()
+    try:
+        if kvm.created_vcpus >= KVM_MAX_VCPUS:
+            raise KernelError(EINVAL, f"{kvm.created_vcpus} vCPUs exist")
+        kvm.ops.vcpu_precreate(kvm)
+        kvm.created_vcpus += 1
+    finally:
+        kvm.lock.release()
+    vcpu = KvmVcpu(kvm, vcpu_id)
+    try:
+        yield from kvm.ops.vcpu_create(vcpu)
+        try:
+            fd = yield from _put_online(vcpu, proc)
+        except KernelError:
+            yield from kvm.ops.vcpu_free(vcpu)
+            raise
+    except KernelError:
+        yield from kvm.lock.acquire()
+        kvm.created_vcpus -= 1
+        kvm.lock.release()
+        raise
+    return fd
+
+
+def _put_online(vcpu: KvmVcpu, proc: "Process") -> Steps[int]:
+    kvm = vcpu.kvm
+    yield from kvm.lock.acquire()
+    try:
+        if any(other.vcpu_id == vcpu.vcpu_id for other in kvm.vcpus):
+            raise KernelError(EEXIST, f"vCPU id {vcpu.vcpu_id} is taken")
+        fd = proc.files.get_unused_fd(proc.rlimits.nofile)
+        vcpu.vcpu_idx = kvm.online_vcpus
+        file = File(FileKind.VCPU, vcpu, _kvm_vcpu_release)
+        kvm.get()
+        proc.files.install(fd, file, cloexec=True)
+        kvm.vcpus.append(vcpu)
+    finally:
+        kvm.lock.release()
+    return fd

@@ -1,0 +1,1 @@
+"""What any simulated machine needs and nothing of SEV: addresses, range maps, steps, choices, events."""

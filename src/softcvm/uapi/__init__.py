@@ -1,0 +1,1 @@
+"""uapi: what user space reaches through file descriptors, one kind per file."""

@@ -1,0 +1,208 @@
+"""ioctls on a vCPU's fd (kvm_vcpu_ioctl(), virt/kvm/kvm_main.c; kvm_arch_vcpu_ioctl(), x86.c;
+v7.2).
+
+Every one holds vcpu->mutex: while a vCPU is inside KVM_RUN, another thread's ioctl on it waits.
+"""
+
+from collections.abc import Callable
+from errno import E2BIG, EINVAL
+from typing import TYPE_CHECKING
+
+from softcvm.abi.kvm import _generated_kvm as k
+from softcvm.abi.kvm.memory import KvmPreFaultMemory
+from softcvm.abi.kvm.vcpu import (
+    KvmCpuidEntry2,
+    KvmDebugregs,
+    KvmFpu,
+    KvmGuestDebug,
+    KvmMpState,
+    KvmRegs,
+    KvmSregs,
+    KvmSregs2,
+    KvmXcrs,
+)
+from softcvm.abi.layout import Layout
+from softcvm.kernel.arch.x86.kvm import regs
+from softcvm.kernel.arch.x86.kvm.mmu.mmu import kvm_arch_vcpu_pre_fault_memory
+from softcvm.kernel.arch.x86.kvm.x86 import kvm_arch_vcpu_ioctl_run
+from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.mm.uaccess import UserPtr
+from softcvm.sim.steps import Steps
+from softcvm.uapi.numbers import IOCTL_NAMES, ioctl_name, is_kvm_ioctl
+from softcvm.uapi.vm import check_usable
+
+if TYPE_CHECKING:
+    from softcvm.kernel.task import Process
+    from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
+
+__all__ = ("kvm_vcpu_ioctl",)
+
+_GET: dict[int, Callable[["KvmVcpu"], Layout]] = {
+    k.KVM_GET_REGS: regs.get_regs,
+    k.KVM_GET_SREGS: regs.get_sregs,
+    k.KVM_GET_SREGS2: regs.get_sregs2,
+    k.KVM_GET_FPU: regs.get_fpu,
+    k.KVM_GET_XCRS: regs.get_xcrs,
+    k.KVM_GET_DEBUGREGS: regs.get_debugregs,
+    k.KVM_GET_MP_STATE: regs.get_mpstate,
+}
+_SIZES = {
+    k.KVM_SET_REGS: KvmRegs.SIZE,
+    k.KVM_SET_SREGS: KvmSregs.SIZE,
+    k.KVM_SET_SREGS2: KvmSregs2.SIZE,
+    k.KVM_SET_FPU: KvmFpu.SIZE,
+    k.KVM_SET_XCRS: KvmXcrs.SIZE,
+    k.KVM_SET_DEBUGREGS: KvmDebugregs.SIZE,
+    k.KVM_SET_MP_STATE: KvmMpState.SIZE,
+    k.KVM_SET_GUEST_DEBUG: KvmGuestDebug.SIZE,
+}
+_UNMODELLED = frozenset(
+    {
+        k.KVM_TRANSLATE,
+        k.KVM_SET_SIGNAL_MASK,
+        k.KVM_GET_STATS_FD,
+        k.KVM_GET_LAPIC,
+        k.KVM_SET_LAPIC,
+        k.KVM_INTERRUPT,
+        k.KVM_NMI,
+        k.KVM_SMI,
+        k.KVM_SET_CPUID,
+        k.KVM_TPR_ACCESS_REPORTING,
+        k.KVM_SET_VAPIC_ADDR,
+        k.KVM_X86_SETUP_MCE,
+        k.KVM_X86_SET_MCE,
+        k.KVM_GET_VCPU_EVENTS,
+        k.KVM_SET_VCPU_EVENTS,
+        k.KVM_GET_XSAVE,
+        k.KVM_SET_XSAVE,
+        k.KVM_GET_XSAVE2,
+        k.KVM_SET_TSC_KHZ,
+        k.KVM_GET_TSC_KHZ,
+        k.KVM_KVMCLOCK_CTRL,
+        k.KVM_ENABLE_CAP,
+        k.KVM_GET_NESTED_STATE,
+        k.KVM_SET_NESTED_STATE,
+        k.KVM_GET_SUPPORTED_HV_CPUID,
+        k.KVM_XEN_VCPU_GET_ATTR,
+        k.KVM_XEN_VCPU_SET_ATTR,
+        k.KVM_SET_DEVICE_ATTR,
+        k.KVM_GET_DEVICE_ATTR,
+        k.KVM_HAS_DEVICE_ATTR,
+    }
+)
+_MAX_IO_MSRS = 256
+
+
+def kvm_vcpu_ioctl(
+    vcpu: "KvmVcpu", proc: "Process", request: int, arg: int, argp: UserPtr
+) -> Steps[int]:
+    """EINVAL for what is no vCPU ioctl."""
+    check_usable(vcpu.kvm, proc)
+    if not is_kvm_ioctl(request):
+        raise KernelError(EINVAL, f"{ioctl_name(request)} on a vCPU")
+    yield from vcpu.mutex.acquire()
+    try:
+        return (yield from _locked(vcpu, proc, request, arg, argp))
+    finally:
+        vcpu.mutex.release()
+
+
+def _locked(
+    vcpu: "KvmVcpu", proc: "Process", request: int, arg: int, argp: UserPtr
+) -> Steps[int]:
+    if request in _GET:
+        yield from argp.write(_GET[request](vcpu).data)
+        return 0
+    if request in _SIZES:
+        _set(vcpu, request, (yield from argp.read(_SIZES[request])))
+        return 0
+    match request:
+        case k.KVM_RUN:
+            if arg:
+                raise KernelError(EINVAL, "KVM_RUN takes no argument")
+            return (yield from kvm_arch_vcpu_ioctl_run(vcpu, proc))
+        case k.KVM_PRE_FAULT_MEMORY:
+            range_ = KvmPreFaultMemory((yield from argp.read(KvmPreFaultMemory.SIZE)))
+            try:
+                yield from kvm_arch_vcpu_pre_fault_memory(vcpu, proc, range_)
+            finally:
+                yield from argp.write(range_.data)
+            return 0
+        case k.KVM_SET_CPUID2:
+            regs.set_cpuid2(vcpu, (yield from _cpuid_entries(argp)))
+            return 0
+        case k.KVM_GET_CPUID2:
+            return (yield from _get_cpuid2(vcpu, argp))
+        case k.KVM_SET_MSRS | k.KVM_GET_MSRS:
+            return (yield from _msr_io(vcpu, request, argp))
+        case _ if request in _UNMODELLED:
+            raise Unmodelled(f"{IOCTL_NAMES[request]} on a vCPU")
+        case _:
+            raise KernelError(EINVAL, f"{ioctl_name(request)} on a vCPU")
+
+
+def _set(vcpu: "KvmVcpu", request: int, data: bytes) -> None:
+    match request:
+        case k.KVM_SET_REGS:
+            regs.set_regs(vcpu, KvmRegs(data))
+        case k.KVM_SET_SREGS:
+            regs.set_sregs(vcpu, KvmSregs(data))
+        case k.KVM_SET_SREGS2:
+            regs.set_sregs2(vcpu, KvmSregs2(data))
+        case k.KVM_SET_FPU:
+            regs.set_fpu(vcpu, KvmFpu(data))
+        case k.KVM_SET_XCRS:
+            regs.set_xcrs(vcpu, KvmXcrs(data))
+        case k.KVM_SET_DEBUGREGS:
+            regs.set_debugregs(vcpu, KvmDebugregs(data))
+        case k.KVM_SET_MP_STATE:
+            regs.set_mpstate(vcpu, KvmMpState(data))
+        case k.KVM_SET_GUEST_DEBUG:
+            regs.set_guest_debug(vcpu, KvmGuestDebug(data))
+        case _:
+            raise ValueError(f"{ioctl_name(request)} sets no registers")
+
+
+def _cpuid_entries(argp: UserPtr) -> Steps[list[KvmCpuidEntry2]]:
+    """struct kvm_cpuid2: nent u32, padding u32, entries."""
+    count = int.from_bytes((yield from argp.read(8))[:4], "little")
+    if count > regs.KVM_MAX_CPUID_ENTRIES:
+        raise KernelError(E2BIG, f"{count} CPUID entries")
+    size = KvmCpuidEntry2.SIZE
+    data = yield from argp.read(count * size, 8)
+    return [KvmCpuidEntry2(data[i : i + size]) for i in range(0, count * size, size)]
+
+
+def _get_cpuid2(vcpu: "KvmVcpu", argp: UserPtr) -> Steps[int]:
+    """nent is written back in any case: how many there are, or how many fit."""
+    count = int.from_bytes((yield from argp.read(8))[:4], "little")
+    entries = vcpu.arch.cpuid_entries
+    if count < len(entries):
+        raise KernelError(E2BIG, f"room for {count} CPUID entries of {len(entries)}")
+    yield from argp.write(b"".join(map(bytes, entries)), 8)
+    yield from argp.write(len(entries).to_bytes(4, "little"))
+    return 0
+
+
+def _msr_io(vcpu: "KvmVcpu", request: int, argp: UserPtr) -> Steps[int]:
+    """struct kvm_msrs: how many were done; an MSR that is refused ends the list."""
+    count = int.from_bytes((yield from argp.read(8))[:4], "little")
+    if count >= _MAX_IO_MSRS:
+        raise KernelError(E2BIG, f"{count} MSRs")
+    data = bytearray((yield from argp.read(16 * count, 8)))
+    done = 0
+    try:
+        for at in range(0, 16 * count, 16):
+            index = int.from_bytes(data[at : at + 4], "little")
+            if request == k.KVM_GET_MSRS:
+                data[at + 8 : at + 16] = regs.get_msr(vcpu, index).to_bytes(8, "little")
+            elif not regs.set_msr(
+                vcpu, index, int.from_bytes(data[at + 8 : at + 16], "little")
+            ):
+                break
+            done += 1
+    except KernelError:
+        pass  # __msr_io() stops at the first that fails and reports how many it did
+    if request == k.KVM_GET_MSRS:
+        yield from argp.write(data, 8)
+    return done

@@ -1,0 +1,170 @@
+"""ioctls on a VM's fd (kvm_vm_ioctl(), virt/kvm/kvm_main.c; kvm_arch_vm_ioctl(),
+arch/x86/kvm/x86.c; v7.2).
+
+Before anything else: only the process whose address space created the VM may use it, and a dead
+VM answers EIO.
+"""
+
+from errno import EEXIST, EINVAL, EIO, ENOTTY
+from typing import TYPE_CHECKING
+
+from softcvm.abi.kvm import _generated_kvm as k
+from softcvm.abi.kvm.memory import (
+    KvmCreateGuestMemfd,
+    KvmDirtyLog,
+    KvmEncRegion,
+    KvmMemoryAttributes,
+    KvmUserspaceMemoryRegion,
+    KvmUserspaceMemoryRegion2,
+    MemFlag,
+)
+from softcvm.abi.kvm.vcpu import KvmEnableCap
+from softcvm.kernel.arch.x86.kvm.caps import (
+    kvm_vm_ioctl_check_extension,
+    kvm_vm_ioctl_enable_cap,
+)
+from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.mm.uaccess import UserPtr
+from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_create
+from softcvm.kernel.virt.kvm.kvm_main import Kvm, kvm_create_vcpu
+from softcvm.kernel.virt.kvm.mem_attributes import kvm_vm_ioctl_set_mem_attributes
+from softcvm.kernel.virt.kvm.memslots import (
+    kvm_vm_ioctl_get_dirty_log,
+    kvm_vm_ioctl_set_memory_region,
+)
+from softcvm.sim.steps import Steps
+from softcvm.uapi.numbers import IOCTL_NAMES, ioctl_name
+
+if TYPE_CHECKING:
+    from softcvm.kernel.task import Process
+
+__all__ = ("check_usable", "kvm_vm_ioctl")
+
+_UNMODELLED = frozenset(
+    {
+        k.KVM_REGISTER_COALESCED_MMIO,
+        k.KVM_UNREGISTER_COALESCED_MMIO,
+        k.KVM_IRQFD,
+        k.KVM_IOEVENTFD,
+        k.KVM_SIGNAL_MSI,
+        k.KVM_IRQ_LINE,
+        k.KVM_IRQ_LINE_STATUS,
+        k.KVM_SET_GSI_ROUTING,
+        k.KVM_CREATE_DEVICE,
+        k.KVM_RESET_DIRTY_RINGS,
+        k.KVM_GET_STATS_FD,
+        k.KVM_CLEAR_DIRTY_LOG,
+        k.KVM_SET_TSS_ADDR,
+        k.KVM_SET_IDENTITY_MAP_ADDR,
+        k.KVM_SET_NR_MMU_PAGES,
+        k.KVM_GET_NR_MMU_PAGES,
+        k.KVM_CREATE_PIT,
+        k.KVM_CREATE_PIT2,
+        k.KVM_GET_IRQCHIP,
+        k.KVM_SET_IRQCHIP,
+        k.KVM_GET_PIT,
+        k.KVM_SET_PIT,
+        k.KVM_GET_PIT2,
+        k.KVM_SET_PIT2,
+        k.KVM_REINJECT_CONTROL,
+        k.KVM_SET_BOOT_CPU_ID,
+        k.KVM_XEN_HVM_CONFIG,
+        k.KVM_XEN_HVM_GET_ATTR,
+        k.KVM_XEN_HVM_SET_ATTR,
+        k.KVM_XEN_HVM_EVTCHN_SEND,
+        k.KVM_SET_CLOCK,
+        k.KVM_GET_CLOCK,
+        k.KVM_SET_TSC_KHZ,
+        k.KVM_GET_TSC_KHZ,
+        k.KVM_HYPERV_EVENTFD,
+        k.KVM_SET_PMU_EVENT_FILTER,
+        k.KVM_X86_SET_MSR_FILTER,
+        k.KVM_SET_DEVICE_ATTR,
+        k.KVM_GET_DEVICE_ATTR,
+        k.KVM_HAS_DEVICE_ATTR,
+    }
+)
+_V1_FLAGS = int(MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY)
+
+
+def check_usable(kvm: Kvm, proc: "Process") -> None:
+    """The blanket rule before every ioctl on a VM or vCPU.  EIO."""
+    if kvm.mm is not proc.mm:
+        raise KernelError(EIO, f"VM {kvm.id} belongs to another address space")
+    if kvm.vm_dead:
+        raise KernelError(EIO, f"VM {kvm.id} is dead")
+
+
+def kvm_vm_ioctl(
+    kvm: Kvm, proc: "Process", request: int, arg: int, argp: UserPtr
+) -> Steps[int]:
+    """ENOTTY for what is no VM ioctl."""
+    check_usable(kvm, proc)
+    match request:
+        case k.KVM_CREATE_VCPU:
+            return (yield from kvm_create_vcpu(kvm, proc, arg))
+        case k.KVM_CHECK_EXTENSION:
+            return kvm_vm_ioctl_check_extension(kvm.linux, kvm, arg)
+        case k.KVM_ENABLE_CAP:
+            cap = KvmEnableCap((yield from argp.read(KvmEnableCap.SIZE)))
+            return (yield from kvm_vm_ioctl_enable_cap(kvm, proc, cap))
+        case k.KVM_SET_USER_MEMORY_REGION | k.KVM_SET_USER_MEMORY_REGION2:
+            yield from _set_user_memory_region(kvm, proc, request, argp)
+        case k.KVM_GET_DIRTY_LOG:
+            log = KvmDirtyLog((yield from argp.read(KvmDirtyLog.SIZE)))
+            yield from kvm_vm_ioctl_get_dirty_log(kvm, log)
+        case k.KVM_SET_MEMORY_ATTRIBUTES:
+            attrs = KvmMemoryAttributes((yield from argp.read(KvmMemoryAttributes.SIZE)))
+            yield from kvm_vm_ioctl_set_mem_attributes(kvm, attrs)
+        case k.KVM_CREATE_GUEST_MEMFD:
+            gmem = KvmCreateGuestMemfd((yield from argp.read(KvmCreateGuestMemfd.SIZE)))
+            return kvm_gmem_create(kvm, proc, gmem.size, gmem.flags)
+        case k.KVM_MEMORY_ENCRYPT_OP:
+            return (yield from kvm.ops.mem_enc_ioctl(kvm, proc, argp))
+        case k.KVM_MEMORY_ENCRYPT_REG_REGION:
+            region = KvmEncRegion((yield from argp.read(KvmEncRegion.SIZE)))
+            return (
+                yield from kvm.ops.mem_enc_register_region(kvm, proc, region.addr, region.size)
+            )
+        case k.KVM_MEMORY_ENCRYPT_UNREG_REGION:
+            region = KvmEncRegion((yield from argp.read(KvmEncRegion.SIZE)))
+            return (
+                yield from kvm.ops.mem_enc_unregister_region(
+                    kvm, proc, region.addr, region.size
+                )
+            )
+        case k.KVM_CREATE_IRQCHIP:
+            yield from _create_irqchip(kvm)
+        case _ if request in _UNMODELLED:
+            raise Unmodelled(f"{IOCTL_NAMES[request]} on a VM")
+        case _:
+            raise KernelError(ENOTTY, f"{ioctl_name(request)} on a VM")
+    return 0
+
+
+def _set_user_memory_region(
+    kvm: Kvm, proc: "Process", request: int, argp: UserPtr
+) -> Steps[None]:
+    """The first version reads 32 bytes and knows two flags; the rest is the same call."""
+    if request == k.KVM_SET_USER_MEMORY_REGION:
+        size = KvmUserspaceMemoryRegion.SIZE
+    else:
+        size = KvmUserspaceMemoryRegion2.SIZE
+    data = yield from argp.read(size)
+    mem = KvmUserspaceMemoryRegion2(data.ljust(KvmUserspaceMemoryRegion2.SIZE, b"\0"))
+    if request == k.KVM_SET_USER_MEMORY_REGION and mem.flags & ~_V1_FLAGS:
+        raise KernelError(EINVAL, f"flags {mem.flags:#x} in KVM_SET_USER_MEMORY_REGION")
+    yield from kvm_vm_ioctl_set_memory_region(kvm, proc, mem)
+
+
+def _create_irqchip(kvm: Kvm) -> Steps[None]:
+    """KVM_CREATE_IRQCHIP.  # stored, no effect but on the first state of APs"""
+    yield from kvm.lock.acquire()
+    try:
+        if kvm.arch.irqchip:
+            raise KernelError(EEXIST, "there is an in-kernel irqchip")
+        if kvm.created_vcpus:
+            raise KernelError(EINVAL, "vCPUs exist already")
+        kvm.arch.irqchip = True
+    finally:
+        kvm.lock.release()

@@ -1,0 +1,261 @@
+"""`softcvm boot`: its report, its JSON, its exit statuses, and that it always does the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softcvm.abi.rmp import PageState
+from softcvm.cli import main as cli
+from softcvm.guest import firmware
+from tests.vmm import images
+
+SMALL = ("--memory", "64M")
+
+
+def run(*argv: str, seed: str = "0") -> "subprocess.CompletedProcess[str]":
+    path = os.pathsep.join(p for p in sys.path if p)
+    return subprocess.run(
+        [sys.executable, "-m", "softcvm", "boot", *argv],
+        capture_output=True,
+        text=True,
+        env=dict(os.environ, PYTHONPATH=path, PYTHONHASHSEED=seed),
+        check=False,
+        timeout=100,
+    )
+
+
+def booted(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    assert cli.main(["boot", *argv]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return out
+
+
+def test_boot_without_arguments_boots_the_builtin_firmware(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = booted(capsys)
+    assert "equal to what `softcvm measure` predicts" in out
+    assert "0 broken" in out
+    assert "| done" in out
+
+
+def test_boot_of_a_real_ovmf_prints_the_digest_that_measure_prints(
+    capsys: pytest.CaptureFixture[str], ovmf_image: Path
+) -> None:
+    options = ("--vcpus", "4", "--vcpu-type", "EPYC-Milan")
+    found = json.loads(booted(capsys, str(ovmf_image), *options, *SMALL, "--json"))
+    assert cli.main(["measure", "--mode", "snp", *options, "--ovmf", str(ovmf_image)]) == 0
+    assert capsys.readouterr().out.strip() == found["launch_digest"]
+
+
+def test_json_has_these_keys_and_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    found = json.loads(booted(capsys, "--vcpus", "2", *SMALL, "--json"))
+    assert list(found) == [
+        "launch_digest",
+        "vcpus",
+        "memory_bytes",
+        "pages",
+        "counters",
+        "invariants",
+        "leaked_pages",
+    ]
+    assert len(bytes.fromhex(found["launch_digest"])) == 48
+    assert (found["vcpus"], found["memory_bytes"]) == (2, 64 << 20)
+    assert list(found["pages"]) == ["launch", "peak", "after_teardown"]
+    states = {state.name for state in PageState}
+    for census in found["pages"].values():
+        assert set(census) <= states
+        assert sum(census.values()) == 1 << 40 - 12
+    assert set(found["counters"]) >= {
+        "ioctls",
+        "exits",
+        "rmpupdate",
+        "psmash",
+        "pvalidate",
+        "zaps",
+        "tlb_flushes",
+        "cache_flushes",
+        "bytes_zeroed",
+        "bytes_encrypted",
+    }
+    assert all(found["counters"][name] > 0 for name in ("psmash", "zaps", "cache_flushes"))
+    assert found["invariants"]
+    for invariant in found["invariants"]:
+        assert set(invariant) == {"name", "checked", "held"}
+        assert invariant["held"] is True
+    assert found["leaked_pages"] == 0
+
+
+@pytest.mark.parametrize("cpu", ["milan", "genoa"])
+@pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
+@pytest.mark.parametrize("order", ["0", "9"])
+def test_every_host_boots(
+    capsys: pytest.CaptureFixture[str], cpu: str, kernel: str, order: str
+) -> None:
+    booted(capsys, *SMALL, "--cpu", cpu, "--kernel", kernel, "--gmem-order", order)
+
+
+def test_kernel_hashes_are_part_of_the_digest(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    kernel = tmp_path / "bzImage"
+    kernel.write_bytes(b"kernel")
+    options = ("--append", "quiet")
+    with_hashes = json.loads(
+        booted(capsys, *SMALL, "--json", "--kernel-image", str(kernel), *options)
+    )
+    image = tmp_path / "builtin.fd"
+    image.write_bytes(firmware.build())
+    measured = ("--mode", "snp", "--vcpus", "1", "--vcpu-type", "EPYC-v4", "--ovmf", str(image))
+    assert cli.main(["measure", *measured, "--kernel", str(kernel), *options]) == 0
+    assert capsys.readouterr().out.strip() == with_hashes["launch_digest"]
+
+
+def test_a_boot_that_gives_up_says_why_and_ends_with_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["boot", *SMALL, "--no-implicit-conversion"]) == 1
+    out, err = capsys.readouterr()
+    assert err.count("\n") == 1
+    assert "implicit conversion is off" in err
+    assert "BROKEN guest_passed_its_own_checks" in out
+
+
+def test_a_launch_that_fails_says_why_and_ends_with_1(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["boot", *SMALL, "--cpu", "milan", "--vcpu-type", "EPYC-Genoa"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "CPUID" in err
+
+
+def no_metadata() -> bytes:
+    return images.IMAGES["no metadata"]()
+
+
+def truncated_metadata() -> bytes:
+    data = bytearray(firmware.build())
+    at = data.index(b"ASEV")
+    data[at + 12 : at + 16] = (10_000).to_bytes(4, "little")
+    return bytes(data)
+
+
+def overlapping_metadata() -> bytes:
+    data = bytearray(firmware.build())
+    at = data.index(b"ASEV") + 16
+    data[at + 12 : at + 16] = data[at : at + 4]  # the second section where the first is
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        pytest.param(b"", "empty", id="empty file"),
+        pytest.param(b"hello", "multiple of 4096", id="not pages"),
+        pytest.param(bytes(8192), "not an OVMF image", id="zeros"),
+        pytest.param(no_metadata(), "no SEV metadata", id="no metadata"),
+        pytest.param(truncated_metadata(), "metadata", id="truncated metadata"),
+        pytest.param(overlapping_metadata(), "overlaps", id="overlapping metadata"),
+        pytest.param(firmware.build()[4096:-4096], "not an OVMF image", id="truncated image"),
+    ],
+)
+def test_a_bad_image_gets_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, data: bytes, says: str
+) -> None:
+    path = tmp_path / "bad.fd"
+    path.write_bytes(data)
+    refused(capsys, [str(path)], says, "bad.fd")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["/no/such/file.fd"], "/no/such/file.fd: No such file"),
+        (["/"], "/: "),
+        (["--memory", "0"], "too small"),
+        (["--memory", "4K"], "too small"),
+        (["--memory", "1M"], "too small"),
+        (["--memory", "8M"], "outside the 8M of RAM"),
+        (["--memory", "10M"], "too small"),
+        (["--memory", "65537"], "4K pages"),
+        (["--memory", "1G1"], "not a size"),
+        (["--memory", "-1G"], "memory"),
+        (["--memory", "64T"], "46 bits"),
+        (["--cpu", "milan", "--memory", "8T"], "43 bits"),
+        (["--memory", "999999P"], "46 bits"),
+        (["--vcpus", "0"], "at least one vCPU"),
+        (["--vcpus", "-3"], "at least one vCPU"),
+        (["--vcpus", "many"], "not a number"),
+        (["--vcpus", "1025"], "at most 1024"),
+        (["--vcpu-type", "EPYC-Bologna"], "EPYC-Bologna"),
+        (["--cpu", "naples"], "milan, genoa"),
+        (["--kernel", "2.6"], "6.12, 6.18, 7.3"),
+        (["--gmem-order", "4"], "0 (4K) or 9 (2M)"),
+        (["--guest-features", "0x20"], "SNP"),
+        (["--initrd", "x"], "--kernel-image"),
+        (["--append", "x"], "--kernel-image"),
+        (["--kernel-image", "/no/such/kernel"], "/no/such/kernel"),
+        (["--trace", "/no/such/folder/trace"], "/no/such/folder/trace"),
+        (["one.fd", "two.fd"], "two.fd"),
+        (["--nonsense"], "--nonsense"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_gets_one_line_and_status_2(
+    capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+) -> None:
+    refused(capsys, argv, says)
+
+
+def test_kernel_hashes_on_firmware_without_a_table_for_them_are_bad_input(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "plain.fd"
+    path.write_bytes(images.IMAGES["OvmfX64"]())
+    refused(capsys, [str(path), "--kernel-image", str(path)], "hashes of a kernel", "plain.fd")
+
+
+def refused(capsys: pytest.CaptureFixture[str], argv: list[str], *says: str) -> None:
+    assert cli.main(["boot", *argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("softcvm boot: ")
+    for text in says:
+        assert text in err
+
+
+def test_the_event_stream_does_not_depend_on_the_hash_seed(tmp_path: Path) -> None:
+    streams = []
+    for seed in ("0", "12345"):
+        path = tmp_path / f"trace{seed}"
+        done = run("--vcpus", "2", *SMALL, "--trace", str(path), "--json", seed=seed)
+        assert done.returncode == 0, done.stderr
+        streams.append((path.read_bytes(), done.stdout))
+    assert streams[0] == streams[1]
+    lines = streams[0][0].decode().splitlines()
+    assert len(lines) > 1000
+    assert {"RmpTransition", "FirmwareCommand", "Ioctl"} <= {
+        json.loads(line)["event"] for line in lines
+    }
+
+
+def test_an_interrupt_ends_with_130_and_says_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from softcvm.vmm.vmm import Vmm
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Vmm, "run", interrupted)
+    trace = tmp_path / "trace"
+    assert cli.main(["boot", *SMALL, "--trace", str(trace)]) == 130
+    assert capsys.readouterr() == ("", "")
+    assert trace.read_text().endswith("}\n")

@@ -1,0 +1,240 @@
+"""Every sentence can be broken, and the check that carries it says so; none is broken by a whole boot."""
+
+from collections.abc import Callable
+
+import pytest
+
+from softcvm.hw.events import RmpTransition
+from softcvm.hw.rmp import (
+    ASID_SHIFT,
+    ASSIGNED,
+    IMMUTABLE,
+    LINEAR,
+    LOCK,
+    PAGESIZE,
+    VALIDATED,
+    VMSA,
+)
+from softcvm.hw.soc import Soc
+from softcvm.invariants import check_all, registered, watch
+from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info
+from softcvm.kernel.mm.page_alloc import FREE
+from softcvm.machine import Machine
+from softcvm.sim.addr import PgLevel
+from softcvm.sim.steps import Mutex, run
+from softcvm.vmm.vmm import Vmm
+from tests.hw.machines import BareGuest, snp_machine
+from tests.vmm.guests import booted, config, machine
+
+PFN = 2560  # nobody's
+GUEST = ASSIGNED | 5 << ASID_SHIFT | LINEAR
+
+
+def put(soc: Soc, pfn: int, attrs: int, gfn: int = 0, npages: int = 1) -> None:
+    """Write into the table behind everybody's back, the count of the ASID kept right."""
+    soc.rmp.store("test", pfn, pfn + npages, (attrs, gfn - pfn if attrs & LINEAR else gfn))
+
+
+def twice_validated(soc: Soc) -> None:
+    put(soc, PFN, GUEST | VALIDATED, 0x40)
+    put(soc, PFN + 7, GUEST | VALIDATED, 0x40)
+
+
+def held_by_no_vmsa(soc: Soc) -> None:
+    put(soc, PFN, GUEST, 0x40)
+    soc.rmp.in_use.add(PFN)
+
+
+def taken_and_dirty(soc: Soc) -> None:
+    soc.psp.asids.dirty[1] = 1
+
+
+HARDWARE: dict[str, Callable[[Soc], object]] = {
+    "one_owner": lambda soc: put(soc, PFN, VALIDATED),
+    "two_megabyte_entries_are_aligned": lambda soc: put(soc, PFN, GUEST | PAGESIZE, 0x201, 512),
+    "validated_is_assigned": lambda soc: put(soc, PFN, ASSIGNED | VALIDATED),
+    "one_validated_page_per_gpa": twice_validated,
+    "locked_is_immutable": lambda soc: put(soc, PFN, ASSIGNED | LOCK),
+    "asid_counters_are_exact": lambda soc: soc.rmp.asid_pages.update({5: 1}),
+    "rmp_protects_itself": lambda soc: put(soc, soc.rmp.base >> 12, 0),
+    "taken_asids_are_clean": taken_and_dirty,
+    "held_vmsas_stay": held_by_no_vmsa,
+}
+# These look at what the processor does with the table; only a wrong processor breaks them.
+NEED_A_WRONG_PROCESSOR = {"subpage_counts_are_exact", "host_cannot_write_assigned_pages"}
+
+
+def bare() -> Soc:
+    soc = snp_machine()
+    BareGuest(soc, 1, 1, 512).launch([b"\x11" * 4096])
+    return soc
+
+
+def broken(subject: Soc | Machine) -> set[str]:
+    return {result.name for result in check_all(subject) if not result.held}
+
+
+@pytest.mark.parametrize("name", HARDWARE)
+def test_a_broken_table_is_seen_by_the_sentence_about_it(name: str) -> None:
+    soc = bare()
+    assert broken(soc) == set()
+    HARDWARE[name](soc)
+    assert name in broken(soc)
+
+
+def test_a_processor_that_forgets_the_checks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    soc = bare()
+    monkeypatch.setattr(
+        "softcvm.invariants.hardware.check_hypervisor_owned",
+        lambda soc, pfn, npages, level: npages,
+    )
+    assert broken(soc) == {"host_cannot_write_assigned_pages"}
+
+
+def test_a_table_that_miscounts_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    soc = bare()
+    monkeypatch.setattr(type(soc.rmp), "raw", lambda rmp, pfn: (8 * 300).to_bytes(16, "little"))
+    assert broken(soc) == {"subpage_counts_are_exact"}
+
+
+RAW = ASSIGNED | 5 << ASID_SHIFT | 0x40 << 12
+EVENTS = {
+    "immutable_changes_by_firmware_only": RmpTransition(
+        "RMPUPDATE", PFN, 1, RAW | IMMUTABLE, 0, RAW, 0, "SUCCESS"
+    ),
+    "a_changed_page_starts_afresh": RmpTransition(
+        "RMPUPDATE", PFN, 1, RAW | VALIDATED, 0, RAW + 0x1000 | VALIDATED, 0, "SUCCESS"
+    ),
+    "the_hypervisor_validates_nothing": RmpTransition(
+        "RMPUPDATE", PFN, 1, RAW, 0, RAW | VALIDATED, 0, "SUCCESS"
+    ),
+    "psmash_changes_size_only": RmpTransition(
+        "PSMASH", PFN, 512, RAW | PAGESIZE | VALIDATED, 0, RAW, 0, "SUCCESS"
+    ),
+    "pvalidate_changes_validated_only": RmpTransition(
+        "PVALIDATE", PFN, 1, RAW, 0, RAW | VALIDATED | VMSA, 0, "SUCCESS"
+    ),
+    "refusals_change_nothing": RmpTransition("RMPUPDATE", PFN, 1, RAW, 0, 0, 0, "FAIL_INUSE"),
+}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_a_wrong_event_is_seen_by_the_sentence_about_it(name: str) -> None:
+    soc = bare()
+    watched = watch(soc)
+    assert soc.tp.emit is not None
+    soc.tp.emit(EVENTS[name])
+    assert name in {result.name for result in watched.results() if not result.held}
+    watched.detach()
+    assert soc.tp.emit is None
+
+
+def owned(host: Machine) -> tuple[int, int, int]:
+    """(pfn, npages, asid) of a run of the guest's pages."""
+    for start, end, (attrs, _) in host.rmp.map.held(0, host.soc.memory_pages):
+        if attrs & VALIDATED and not attrs & VMSA:
+            return start, end - start, attrs >> ASID_SHIFT & 0x3FF
+    raise AssertionError("no guest page")
+
+
+def a_page_nobody_has(host: Machine) -> int:
+    frames = host.linux.page_alloc.frames
+    return next(s for s, _, state in reversed(frames.runs()) if state == FREE)
+
+
+def free_while_assigned(host: Machine) -> None:
+    pfn, npages, _ = owned(host)
+    host.linux.page_alloc.frames.set(pfn, pfn + npages, FREE)
+
+
+def orphaned(host: Machine) -> None:
+    sev_info(host.linux.vm_list[0]).asid += 50  # type: ignore[assignment]
+
+
+def left_pre_guest(host: Machine) -> None:
+    pfn, _, asid = owned(host)
+    put(host.soc, pfn, ASSIGNED | IMMUTABLE | LINEAR | asid << ASID_SHIFT, 0x40)
+
+
+def mapped_elsewhere(host: Machine) -> None:
+    pfn, _, _ = owned(host)
+    host.linux.vm_list[0].arch.npt.set(0x7777, pfn, 1, PgLevel.PG_4K)
+
+
+def mapped_large_over_small(host: Machine) -> None:
+    pfn = owned(host)[0]
+    head = pfn - pfn % 512
+    host.linux.vm_list[0].arch.npt.set(1 << 20, head, 512, PgLevel.PG_2M)
+
+
+def mapped_free(host: Machine) -> None:
+    npt = host.linux.vm_list[0].arch.npt
+    npt.set(0x7777, a_page_nobody_has(host), 1, PgLevel.PG_4K)
+
+
+def large_direct_mapping(host: Machine) -> None:
+    pfn = owned(host)[0]
+    head = pfn - pfn % 512
+    host.linux.snp.direct_map.levels.set(head, head + 512, PgLevel.PG_2M)
+
+
+def lock_left_held(host: Machine) -> None:
+    run(Mutex(host.linux.lockdep, "kvm->slots_lock", 30).acquire())
+
+
+KERNEL: dict[str, Callable[[Machine], object]] = {
+    "free_pages_are_the_hypervisors": free_while_assigned,
+    "guest_pages_have_a_vm": orphaned,
+    "no_page_stays_pre_guest": left_pre_guest,
+    "nested_mappings_lead_to_own_pages": mapped_elsewhere,
+    "large_leaves_are_large_in_the_rmp": mapped_large_over_small,
+    "nested_mappings_lead_to_allocated_pages": mapped_free,
+    "direct_map_is_split": large_direct_mapping,
+    "nothing_is_under_way": lock_left_held,
+}
+
+
+@pytest.mark.parametrize("name", KERNEL)
+def test_a_broken_kernel_is_seen_by_the_sentence_about_it(name: str) -> None:
+    host = machine()
+    vmm = Vmm(host.process(), config())
+    vmm.launch()
+    assert broken(host) == set()
+    KERNEL[name](host)
+    assert name in broken(host)
+
+
+def test_every_sentence_has_a_test_that_breaks_it() -> None:
+    always, on_event, _ = registered()
+    tested = HARDWARE.keys() | NEED_A_WRONG_PROCESSOR | EVENTS.keys() | KERNEL.keys()
+    assert {rule.name for rule in always} | {rule.name for rule in on_event} == tested
+
+
+def test_sentences_about_the_kernel_need_a_machine() -> None:
+    host = machine()
+    on_soc = {result.name for result in check_all(host.soc)}
+    assert {result.name for result in check_all(host)} - on_soc == KERNEL.keys()
+
+
+def test_a_hostile_check_leaves_out_what_needs_good_will() -> None:
+    soc = bare()
+    left_out = {r.name for r in check_all(soc)} - {r.name for r in check_all(soc, hostile=True)}
+    assert left_out == {"one_validated_page_per_gpa"}
+
+
+@pytest.mark.parametrize("order", [0, 9])
+def test_a_whole_boot_breaks_none_and_meets_what_matters(order: int) -> None:
+    host = machine(order=order)
+    watched = watch(host)
+    result, _ = booted(config(), host)
+    assert result.good, [claim for claim in result.claims if not claim.held]
+    assert [r.name for r in check_all(host, watched) if not r.held] == []
+    assert {
+        "a_page_becomes_a_guests",
+        "a_page_becomes_pre_guest",
+        "a_guest_accepts_a_page",
+        "a_guest_meets_an_unvalidated_page",
+        "a_validated_page_is_taken_away",
+        "a_launch_is_finished",
+    } <= watched.reached
+    assert ("a_2m_page_is_smashed" in watched.reached) == (order == 9)

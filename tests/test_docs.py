@@ -1,0 +1,88 @@
+"""The pages in docs/ that can be wrong by themselves: generated ones, links, cited sources."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from docs.generate_invariants import page
+from docs.generate_session import readme
+from softcvm.abi.snp_firmware import SevCmd, SnpCmd
+from softcvm.hw.psp import platform
+from softcvm.uapi import vcpu, vm
+from softcvm.uapi.numbers import IOCTL_NAMES
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
+
+
+def test_the_page_of_invariants_is_what_the_code_says() -> None:
+    assert (DOCS / "invariants.md").read_text() == page(), "run docs/generate_invariants.py"
+
+
+def test_the_session_in_the_readme_is_what_boot_prints() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text == readme(text), "run docs/generate_session.py"
+
+
+def words(text: str) -> set[str]:
+    return set(re.findall(r"\b[A-Z][A-Z0-9_]+\b", text))
+
+
+def test_support_names_every_firmware_command_as_it_is() -> None:
+    text = (DOCS / "support.md").read_text()
+    snp = text.split("## SNP firmware commands")[1].split("Legacy SEV:")[0]
+    legacy = text.split("Legacy SEV:")[1].split("##")[0]
+    modelled, missing = legacy.split("Unmodelled:")
+    unmodelled_row = next(line for line in snp.splitlines() if line.endswith("| Unmodelled |"))
+    for cmd in SnpCmd:
+        assert cmd.name in words(snp)
+        assert (cmd.name in words(unmodelled_row)) == (cmd not in platform._COMMANDS), cmd
+    for old in SevCmd:
+        assert old.name in words(modelled if old in platform._COMMANDS else missing), old
+
+
+@pytest.mark.parametrize(("where", "module"), [("a VM", vm), ("a vCPU", vcpu)])
+def test_support_names_every_ioctl_that_is_not_modelled(where: str, module: Any) -> None:
+    text = (DOCS / "support.md").read_text()
+    listed = words(text.split(f"Unmodelled on {where}:")[1].split("\n\n")[0])
+    assert listed == {IOCTL_NAMES[request] for request in module._UNMODELLED}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_between_pages_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\((?!https?:)([^)#\s]+)", path.read_text())
+    assert [t for t in targets if not (path.parent / t).exists()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_files_that_a_page_names_exist(path: Path) -> None:
+    layers = "sim|abi|hw|guest|vmm|kernel|uapi|machine|invariants|cli"
+    named = re.findall(rf"\b((?:{layers})/[\w/]+\.py)\b", path.read_text())
+    assert [name for name in named if not (ROOT / "src" / "softcvm" / name).exists()] == []
+
+
+def test_every_page_is_in_the_index() -> None:
+    index = (DOCS / "index.md").read_text()
+    assert [
+        p.name for p in DOCS.glob("*.md") if p.name not in index and p.name != "index.md"
+    ] == []
+
+
+def test_every_cited_key_is_in_sources() -> None:
+    known = set(
+        re.findall(r"^\| `([A-Z0-9a-z-]+)`", (DOCS / "sources.md").read_text(), re.MULTILINE)
+    )
+    assert known
+    used: dict[str, str] = {}
+    for path in [*(ROOT / "src").rglob("*.py"), *DOCS.glob("*.md")]:
+        for text in re.findall(r"\[[^\]\n]{3,200}\]", path.read_text()):
+            for key in re.findall(
+                r"\b(?:ABI|SEV|APM2|APM3|GHCB|PPR|SEV-API)-[0-9][0-9a-zA-Z-]*\b", text
+            ):
+                used.setdefault(key, str(path.relative_to(ROOT)))
+            if "ASPFW" in text:
+                used.setdefault("ASPFW", str(path.relative_to(ROOT)))
+    assert {key: where for key, where in used.items() if key not in known} == {}
