@@ -9,6 +9,11 @@ UV     := $(shell command -v uv 2>/dev/null)
 B      := .venv/bin
 PYTEST := $(B)/pytest -n auto
 
+# uv brings certificates of its own; behind a proxy the ones that count are the system's, which pip takes.
+ifneq ($(wildcard /etc/ssl/certs/ca-certificates.crt),)
+export UV_SYSTEM_CERTS ?= 1
+endif
+
 .PHONY: all check test long types layers lint bench docs clean
 all: .venv/stamp
 	$(B)/softcvm boot

@@ -11,14 +11,16 @@ TYPE_CHECKING = (
 )
 if TYPE_CHECKING:
     from softcvm.abi.sys import HostSignal, Sys
+    from softcvm.attach import HostSys
     from softcvm.machine import Machine
 
-__all__ = ("HostSignal", "Machine", "Sys", "__version__")
+__all__ = ("HostSignal", "HostSys", "Machine", "Sys", "__version__")
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "HostSignal": "softcvm.abi.sys",
+    "HostSys": "softcvm.attach",
     "Machine": "softcvm.machine",
     "Sys": "softcvm.abi.sys",
 }

@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from softcvm.abi import ghcb, sev
+from softcvm.abi import ghcb, sev, sev_firmware
 from softcvm.abi.layout import Bits, Layout
 from softcvm.abi.snp_platform import SevPlatformStatus, SnpPlatformStatusBuffer
 
 _OFFSETS = {
     "kvm_sev_cmd": "24 id:0 pad0:4 data:8 error:16 sev_fd:20",
     "kvm_sev_init": "48 vmsa_features:0 flags:8 ghcb_version:12 pad1:14 pad2:16",
+    "kvm_sev_launch_start": "40 handle:0 policy:4 dh_uaddr:8 dh_len:16 pad0:20 session_uaddr:24 session_len:32 "
+    "pad1:36",
+    "kvm_sev_launch_update_data": "16 uaddr:0 len:8 pad0:12",
+    "kvm_sev_launch_secret": "48 hdr_uaddr:0 hdr_len:8 pad0:12 guest_uaddr:16 guest_len:24 pad1:28 "
+    "trans_uaddr:32 trans_len:40 pad2:44",
+    "kvm_sev_launch_measure": "16 uaddr:0 len:8 pad0:12",
+    "kvm_sev_guest_status": "12 handle:0 policy:4 state:8",
+    "kvm_sev_dbg": "24 src_uaddr:0 dst_uaddr:8 len:16 pad0:20",
     "kvm_sev_snp_launch_start": "64 policy:0 gosvw:8 flags:24 pad0:26 pad1:32",
     "kvm_sev_snp_launch_update": "64 gfn_start:0 uaddr:8 len:16 type:24 pad0:25 flags:26 pad1:28 pad2:32",
     "kvm_sev_snp_launch_finish": "88 id_block_uaddr:0 id_auth_uaddr:8 id_block_en:16 auth_key_en:17 "
@@ -25,6 +33,21 @@ _OFFSETS = {
     "sev_user_data_snp_status": "32 api_major:0 api_minor:1 state:2 build_id:4 guest_count:12 "
     "current_tcb_version:16 reported_tcb_version:24",
 }
+_FIRMWARE_OFFSETS = {
+    "activate": "8 handle:0 asid:4",
+    "deactivate": "4 handle:0",
+    "decommission": "4 handle:0",
+    "guest_status": "13 handle:0 policy:4 asid:8 state:12",
+    "launch_start": "36 handle:0 policy:4 dh_cert_address:8 dh_cert_len:16 session_address:24 session_len:32",
+    "launch_update_data": "20 handle:0 address:8 len:16",
+    "launch_update_vmsa": "20 handle:0 address:8 len:16",
+    "launch_measure": "20 handle:0 address:8 len:16",
+    "launch_secret": "52 handle:0 hdr_address:8 hdr_len:16 guest_address:24 guest_len:32 trans_address:40 "
+    "trans_len:48",
+    "launch_finish": "4 handle:0",
+    "dbg": "28 handle:0 src_addr:8 dst_addr:16 len:24",
+}
+"""struct sev_data_* of include/linux/psp-sev.h (6.12.117), which is no user header; the same gcc."""
 _NUMBERS = {
     "KVM_SEV_INIT": 0, "KVM_SEV_ES_INIT": 1, "KVM_SEV_LAUNCH_START": 2, "KVM_SEV_LAUNCH_UPDATE_DATA": 3,
     "KVM_SEV_LAUNCH_UPDATE_VMSA": 4, "KVM_SEV_LAUNCH_SECRET": 5, "KVM_SEV_LAUNCH_MEASURE": 6,
@@ -39,6 +62,12 @@ _NUMBERS = {
 _LAYOUTS: dict[str, type[Layout]] = {
     "kvm_sev_cmd": sev.KvmSevCmd,
     "kvm_sev_init": sev.KvmSevInit,
+    "kvm_sev_launch_start": sev.KvmSevLaunchStart,
+    "kvm_sev_launch_update_data": sev.KvmSevLaunchUpdateData,
+    "kvm_sev_launch_secret": sev.KvmSevLaunchSecret,
+    "kvm_sev_launch_measure": sev.KvmSevLaunchMeasure,
+    "kvm_sev_guest_status": sev.KvmSevGuestStatus,
+    "kvm_sev_dbg": sev.KvmSevDbg,
     "kvm_sev_snp_launch_start": sev.KvmSevSnpLaunchStart,
     "kvm_sev_snp_launch_update": sev.KvmSevSnpLaunchUpdate,
     "kvm_sev_snp_launch_finish": sev.KvmSevSnpLaunchFinish,
@@ -63,6 +92,19 @@ def test_a_layout_lies_as_the_recorded_header_says(struct: str) -> None:
     for name, offset in fields.items():
         place = layout.fields()[_RENAMED.get(name, name)]
         assert (place.lo >> 3 if isinstance(place, Bits) else place.offset) == offset, name
+
+
+@pytest.mark.parametrize("struct", _FIRMWARE_OFFSETS)
+def test_a_legacy_firmware_buffer_lies_as_the_recorded_header_says(struct: str) -> None:
+    name = "Sev" + "".join(word.title() for word in struct.split("_"))
+    layout: type[Layout] = getattr(sev_firmware, name)
+    size, *fields = _FIRMWARE_OFFSETS[struct].split()
+    assert int(size) == layout.SIZE
+    found = {
+        field: place.lo >> 3 if isinstance(place, Bits) else place.offset
+        for field, place in layout.fields().items()
+    }
+    assert found == {field: int(at) for field, at in (part.split(":") for part in fields)}
 
 
 def test_command_ids_are_the_headers() -> None:

@@ -8,21 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from softcvm.abi.ovmf import RESET_BLOCK_GUID
 from softcvm.abi.rmp import PageState
 from softcvm.cli import main as cli
 from softcvm.guest import firmware
 from tests.vmm import images
 
 SMALL = ("--memory", "64M")
+PYTHONPATH = os.pathsep.join(p for p in sys.path if p)
 
 
 def run(*argv: str, seed: str = "0") -> "subprocess.CompletedProcess[str]":
-    path = os.pathsep.join(p for p in sys.path if p)
     return subprocess.run(
         [sys.executable, "-m", "softcvm", "boot", *argv],
         capture_output=True,
         text=True,
-        env=dict(os.environ, PYTHONPATH=path, PYTHONHASHSEED=seed),
+        env=dict(os.environ, PYTHONPATH=PYTHONPATH, PYTHONHASHSEED=seed),
         check=False,
         timeout=100,
     )
@@ -116,6 +117,34 @@ def test_kernel_hashes_are_part_of_the_digest(
     assert capsys.readouterr().out.strip() == with_hashes["launch_digest"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        (b"a\nb", "a\\nb"),
+        (b"\x1b[31m", "\\x1b[31m"),
+        (b"\xff", "\\udcff"),
+        ("\u732b".encode(), ""),
+    ],
+)
+def test_a_firmware_of_any_name_boots_and_is_named_on_one_line(
+    tmp_path: Path, name: bytes, shown: str, encoding: str
+) -> None:
+    path = tmp_path / os.fsdecode(name)
+    path.write_bytes(firmware.build())
+    done = subprocess.run(
+        [sys.executable, "-m", "softcvm", "boot", path, *SMALL],
+        capture_output=True,
+        env=dict(os.environ, PYTHONPATH=PYTHONPATH, PYTHONIOENCODING=encoding),
+        check=False,
+        timeout=100,
+    )
+    lines = done.stdout.decode(encoding).splitlines()
+    shown = shown or {"utf-8": "\u732b", "ascii": "\\u732b"}[encoding]
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert lines[1] == f"guest         1 vCPU, 64M, {tmp_path}/{shown}"
+
+
 def test_a_boot_that_gives_up_says_why_and_ends_with_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -153,9 +182,16 @@ def overlapping_metadata() -> bytes:
     return bytes(data)
 
 
+def no_reset_block() -> bytes:
+    data = bytearray(firmware.build())
+    data[data.index(RESET_BLOCK_GUID)] ^= 1
+    return bytes(data)
+
+
 @pytest.mark.parametrize(
     ("data", "says"),
     [
+        pytest.param(no_reset_block(), "no SEV-ES reset block", id="no reset block"),
         pytest.param(b"", "empty", id="empty file"),
         pytest.param(b"hello", "multiple of 4096", id="not pages"),
         pytest.param(bytes(8192), "not an OVMF image", id="zeros"),
@@ -202,6 +238,11 @@ def test_a_bad_image_gets_one_line_and_status_2(
         (["--append", "x"], "--kernel-image"),
         (["--kernel-image", "/no/such/kernel"], "/no/such/kernel"),
         (["--trace", "/no/such/folder/trace"], "/no/such/folder/trace"),
+        (["--trace", ""], "'': No such file"),
+        (["--guest-features", "0x10000000000000001"], "does not fit into 64 bits"),
+        (["--guest-features=-1"], "does not fit into 64 bits"),
+        (["--kernel-image", ""], "'': No such file"),
+        (["--kernel-image", "/proc/self/mem"], "/proc/self/mem: Input/output error"),
         (["one.fd", "two.fd"], "two.fd"),
         (["--nonsense"], "--nonsense"),
     ],
@@ -244,6 +285,23 @@ def test_the_event_stream_does_not_depend_on_the_hash_seed(tmp_path: Path) -> No
     assert {"RmpTransition", "FirmwareCommand", "Ioctl"} <= {
         json.loads(line)["event"] for line in lines
     }
+
+
+def test_a_trace_that_finds_no_room_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["boot", *SMALL, "--trace", "/dev/full"]) == 1
+    assert capsys.readouterr() == ("", "softcvm boot: /dev/full: No space left on device\n")
+
+
+def test_a_trace_that_nobody_reads_is_not_taken_for_a_failed_launch() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run(*SMALL, "--trace", f"/proc/{os.getpid()}/fd/{writer}")
+    os.close(writer)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(f"/fd/{writer}: Broken pipe\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_interrupt_ends_with_130_and_says_nothing(

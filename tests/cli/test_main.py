@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import softcvm
 from softcvm.cli import main as cli
-from softcvm.cli.errors import UsageError
+from softcvm.cli.errors import OutputError, UsageError
 from softcvm.sim.errors import Unmodelled
 
 ROOT = Path(__file__).parents[2]
@@ -95,6 +96,7 @@ class Fake:
             1,
             "softcvm fake: not modelled: KVM_SEV_SEND_START\n",
         ),
+        (OutputError("trace: No space left"), 1, "softcvm fake: trace: No space left\n"),
         (KeyboardInterrupt(), 130, ""),
     ],
 )
@@ -146,6 +148,69 @@ def test_output_that_nobody_reads_ends_the_command_quietly(
     assert (child.returncode, err) == (141, b"")
 
 
+def in_shell(line: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """`line` with $softcvm for the command."""
+    return subprocess.run(
+        ["sh", "-c", line.replace("$softcvm", f"'{sys.executable}' -m softcvm")],
+        capture_output=True,
+        text=True,
+        env={**child_env(), **env},
+        check=False,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "unbuffered"),
+    [
+        ("--help", ""),  # argparse itself is silent about an unbuffered one
+        ("measure --version", ""),
+        ("measure --mode sev --ovmf $image", ""),
+        ("measure --mode sev --ovmf $image", "1"),
+    ],
+)
+def test_output_that_finds_no_room_is_told_in_one_line(
+    words: str, unbuffered: str, tmp_path: Path
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(bytes(4096))
+    done = in_shell(
+        f"$softcvm {words} >/dev/full", PYTHONUNBUFFERED=unbuffered, image=str(image)
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("softcvm")
+    assert done.stderr.endswith(": standard output: No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("$softcvm --help >&-", 0),
+        ("$softcvm boot --help >&- 2>&-", 0),
+        ("$softcvm boot /nonexistent 2>&-", 2),
+        ("$softcvm boot /nonexistent <&- >&- 2>&-", 2),
+        ("$softcvm boot /nonexistent 2>/dev/full", 2),
+        ("$softcvm boot --memory 64M >&- 2>&-", 0),
+        ("$softcvm boot --memory 64M --json >/dev/null 2>&-", 0),
+    ],
+)
+def test_streams_that_are_closed_or_full_do_not_change_the_exit_status(
+    line: str, status: int
+) -> None:
+    done = in_shell(line)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Children begin with SIGINT's default action, also where this runs in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_command_ends_without_a_traceback(tmp_path: Path) -> None:
     fifo = tmp_path / "firmware"
     os.mkfifo(fifo)

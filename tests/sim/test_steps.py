@@ -11,6 +11,7 @@ from softcvm.sim.steps import (
     RwSem,
     Steps,
     Task,
+    Wait,
     lockdep_assert_held,
     preempt,
     run,
@@ -117,3 +118,68 @@ def test_lockdep_assert_held_speaks_of_the_running_task(lockdep: Lockdep) -> Non
     lockdep.current = Task("another")
     with pytest.raises(LockOrder, match="is not held by another"):
         lockdep_assert_held(lock)
+
+
+def sleeper(awake: list[bool]) -> Steps[str]:
+    wait = Wait("an event", lambda: bool(awake))
+    while not awake:
+        yield Point("sleep", wait)
+    return "woken"
+
+
+def test_a_sleep_that_nobody_can_end_is_ended_by_the_interrupt() -> None:
+    awake: list[bool] = []
+    assert run(sleeper(awake), lambda: awake.append(True)) == "woken"
+
+
+def test_a_sleep_without_an_interrupt_is_a_deadlock() -> None:
+    with pytest.raises(Deadlock, match="sleep"):
+        run(sleeper([]))
+    with pytest.raises(Deadlock, match="sleep"):
+        run(sleeper([]), lambda: None)
+
+
+def test_run_with_a_lockdep_takes_free_locks_without_a_stop(lockdep: Lockdep) -> None:
+    mutex, sem = Mutex(lockdep, "slots_lock", 10), RwSem(lockdep, "mmu_lock", 30)
+    stops: list[Point] = []
+
+    def steps() -> Steps[None]:
+        for steps_of_one in (mutex.acquire, sem.acquire_read):
+            for point in steps_of_one():
+                stops.append(point)
+                yield point
+        sem.release_read()
+        stops.extend(sem.acquire_write())
+
+    run(steps(), lockdep=lockdep)
+    assert stops == []
+    assert lockdep.current.held == [mutex, sem]
+    assert mutex.owner is sem.writer is lockdep.current
+    assert not lockdep.straight
+
+
+def test_a_free_lock_against_the_order_is_refused_without_a_stop_too(lockdep: Lockdep) -> None:
+    outer, inner = Mutex(lockdep, "slots_lock", 10), RwSem(lockdep, "mmu_lock", 30)
+
+    def steps() -> Steps[None]:
+        yield from inner.acquire_write()
+        yield from outer.acquire()
+
+    with pytest.raises(LockOrder, match=r"slots_lock\(10\) taken while holding mmu_lock\(30\)"):
+        run(steps(), lockdep=lockdep)
+    assert not lockdep.straight
+
+
+def test_a_held_lock_stops_a_straight_run_as_any_other(lockdep: Lockdep) -> None:
+    lock = Mutex(lockdep, "slots_lock", 10)
+    lockdep.current = Task("vcpu 0")
+    run(lock.acquire())
+
+    def steps() -> Steps[None]:
+        yield from lock.acquire()
+
+    with pytest.raises(LockOrder, match="taken twice"):
+        run(steps(), lockdep=lockdep)
+    lockdep.current = Task("vcpu 1")
+    with pytest.raises(Deadlock, match="wait slots_lock"):
+        run(steps(), lockdep=lockdep)

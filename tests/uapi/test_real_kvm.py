@@ -4,8 +4,6 @@ Tables of good and bad arguments for a DEFAULT VM, which every host has; no gues
 host's kernel picks the profile.
 """
 
-import os
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,13 +11,13 @@ from itertools import product
 
 import pytest
 
-from softcvm import Machine
+from softcvm import HostSys, Machine
 from softcvm.abi.kvm import _generated_kvm as k
 from softcvm.abi.kvm.memory import VmType
 from softcvm.abi.sys import Sys
 from tests.conftest import Require
 from tests.uapi.calls import GUEST_MEMFD, MIB, PAGE, VmCalls, anon, errno_of
-from tests.uapi.host_sys import HostSys
+from tools.kvm_diff.real import nearest_profile, why_not
 
 Answers = list[tuple[object, str]]
 S64 = 1 << 63
@@ -28,12 +26,8 @@ S64 = 1 << 63
 @pytest.fixture
 def kernel(require: Require) -> str:
     """The profile of the running kernel."""
-    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
-    require("kvm", usable, "a /dev/kvm that this user may open")
-    major, minor = (int(part) for part in platform.release().split(".")[:2])
-    if (major, minor) < (6, 18):
-        return "6.12"
-    return "6.18" if (major, minor) < (7, 0) else "7.3"
+    require("kvm", not why_not(), why_not())
+    return nearest_profile()
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from softcvm.guest.programs.sharing import keeps, rejoin, write_patterns
 from softcvm.guest.programs.vcpu import Vcpu, bring_up
 from softcvm.hw.events import NestedPageFault, RmpTransition
 from softcvm.invariants import check_all
+from softcvm.kernel.arch.x86.kvm.svm.ap import SnpApCreation
 from softcvm.machine import Machine
 from softcvm.sim.addr import PAGE_SIZE
 from softcvm.vmm.errors import VmmError
@@ -390,3 +391,19 @@ def test_cpuid_by_msr_is_what_the_vmm_told_kvm() -> None:
     play(scene)
     assert seen[0] == seen[1]
     assert seen[0][1] & 0x3F == 51
+
+
+@pytest.mark.parametrize(("kernel", "vcpus"), [("6.12", 2), ("7.3", 5)])
+def test_the_other_vcpus_run_from_the_guests_own_vmsas_and_are_stopped(
+    kernel: str, vcpus: int
+) -> None:
+    host = machine(kernel)
+    seen: list[object] = []
+    host.events.attach(seen.append)
+    result, lines = booted(config(vcpus=vcpus, features=0x21), host)
+    assert result.good, [claim for claim in result.claims if not claim.held]
+    assert f"started and stopped {vcpus - 1} more vCPUs" in lines
+    asked = [event for event in seen if isinstance(event, SnpApCreation)]
+    others = list(range(1, vcpus))
+    assert [event.target for event in asked] == [*others, *others]
+    assert not any(event.refused for event in asked)

@@ -6,9 +6,11 @@ this project's own: the smallest device that reads and writes a guest's memory. 
 number of a shared page to its port; the device replaces the page's bytes by their complement.
 """
 
-__all__ = ("BOUNCE_PORT", "DEBUGCON_PORT", "DEBUGCON_READBACK")
+__all__ = ("BOUNCE_PORT", "DEBUGCON_PORT", "DEBUGCON_READBACK", "DELAY_PORT")
 
 DEBUGCON_PORT = 0x402
 DEBUGCON_READBACK = 0xE9
+DELAY_PORT = 0x80
+"""Writing here takes a while and does nothing (POST codes; Linux's native_io_delay())."""
 BOUNCE_PORT = 0xB0C0
 """Written with 4 bytes, a gfn."""

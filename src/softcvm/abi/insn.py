@@ -23,6 +23,7 @@ __all__ = (
     "Rmpadjust",
     "Rmpquery",
     "RmpqueryOut",
+    "StartState",
     "Store",
     "Touch",
     "Vmgexit",
@@ -123,6 +124,13 @@ class Vmgexit(NamedTuple):
     """VMGEXIT F3 0F 01 D9.  The guest gets the GHCB MSR as the hypervisor left it."""
 
 
+class StartState(NamedTuple):
+    """The registers that this vCPU was started with: the guest gets its abi.vmsa.Vmsa.
+
+    A processor begins at the RIP of its VMSA; a script asks here which of its parts is meant.
+    """
+
+
 class Hlt(NamedTuple):
     """HLT: an automatic exit."""
 
@@ -139,6 +147,7 @@ GuestOp = (
     | Rdmsr
     | Cpuid
     | Vmgexit
+    | StartState
     | Hlt
 )
 Program = Generator[GuestOp, Any, None]

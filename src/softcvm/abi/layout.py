@@ -54,6 +54,21 @@ class U8(Bits):
     def __init__(self, offset: int) -> None:
         super().__init__(offset * 8 + self.width - 1, offset * 8)
         self.offset = offset
+        self._place = slice(offset, offset + self.width // 8)
+
+    @overload
+    def __get__(self, obj: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, obj: "Layout", owner: type) -> int: ...
+    def __get__(self, obj: "Layout | None", owner: type) -> Self | int:
+        if obj is None:
+            return self
+        return int.from_bytes(obj.data[self._place], "little")
+
+    def __set__(self, obj: "Layout", value: int) -> None:
+        if not 0 <= value <= self.mask:
+            raise ValueError(f"{self.name} takes {self.width} bits, not {value:#x}")
+        obj.data[self._place] = value.to_bytes(self.width >> 3, "little")
 
 
 class U16(U8):

@@ -22,7 +22,13 @@ __all__ = (
     "SEV_RET_NO_FW_CALL",
     "SEV_USER_PAGE_TYPES",
     "KvmSevCmd",
+    "KvmSevDbg",
+    "KvmSevGuestStatus",
     "KvmSevInit",
+    "KvmSevLaunchMeasure",
+    "KvmSevLaunchSecret",
+    "KvmSevLaunchStart",
+    "KvmSevLaunchUpdateData",
     "KvmSevSnpLaunchFinish",
     "KvmSevSnpLaunchStart",
     "KvmSevSnpLaunchUpdate",
@@ -82,6 +88,66 @@ class KvmSevInit(Layout, size=48):
     ghcb_version = U16(12)
     pad1 = U16(14)
     pad2 = Bytes(16, 32)
+
+
+class KvmSevLaunchStart(Layout, size=40):
+    """struct kvm_sev_launch_start.  handle: of a guest to share a key with, or 0; comes back."""
+
+    handle = U32(0)
+    policy = U32(4)
+    dh_uaddr = U64(8)
+    dh_len = U32(16)
+    pad0 = U32(20)
+    session_uaddr = U64(24)
+    session_len = U32(32)
+    pad1 = U32(36)
+
+
+class KvmSevLaunchUpdateData(Layout, size=16):
+    """struct kvm_sev_launch_update_data."""
+
+    uaddr = U64(0)
+    len = U32(8)
+    pad0 = U32(12)
+
+
+class KvmSevLaunchSecret(Layout, size=48):
+    """struct kvm_sev_launch_secret."""
+
+    hdr_uaddr = U64(0)
+    hdr_len = U32(8)
+    pad0 = U32(12)
+    guest_uaddr = U64(16)
+    guest_len = U32(24)
+    pad1 = U32(28)
+    trans_uaddr = U64(32)
+    trans_len = U32(40)
+    pad2 = U32(44)
+
+
+class KvmSevLaunchMeasure(Layout, size=16):
+    """struct kvm_sev_launch_measure.  len 0 asks how long a measurement is."""
+
+    uaddr = U64(0)
+    len = U32(8)
+    pad0 = U32(12)
+
+
+class KvmSevGuestStatus(Layout, size=12):
+    """struct kvm_sev_guest_status."""
+
+    handle = U32(0)
+    policy = U32(4)
+    state = U32(8)
+
+
+class KvmSevDbg(Layout, size=24):
+    """struct kvm_sev_dbg."""
+
+    src_uaddr = U64(0)
+    dst_uaddr = U64(8)
+    len = U32(16)
+    pad0 = U32(20)
 
 
 class KvmSevSnpLaunchStart(Layout, size=64):

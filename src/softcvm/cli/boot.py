@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from softcvm import __version__
 from softcvm.abi.cpu_types import CPU_SIGNATURES
-from softcvm.cli.errors import UsageError
-from softcvm.cli.sizes import format_size, parse_size
+from softcvm.cli.errors import OutputError, UsageError
+from softcvm.cli.sizes import format_size, parse_number, parse_size, parse_u64
 
 if TYPE_CHECKING:
     from softcvm.hw.profile import CpuProfile
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guest-features",
         metavar="VALUE",
-        type=_number,
+        type=parse_u64,
         default=1,
         help="SEV_FEATURES of the guest (0x1: SNP; 0x21: with DebugSwap; default 0x1)",
     )
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     host.add_argument(
         "--gmem-order",
         metavar="N",
-        type=_number,
+        type=parse_number,
         default=9,
         help="folios of guest_memfd: 9 for 2M, as proposed upstream (default), "
         "0 for 4K, as in every release",
@@ -141,6 +141,7 @@ def _config(args: argparse.Namespace, name: str, image: "OvmfImage") -> "GuestCo
     from softcvm.guest.programs.memory_life import lab
     from softcvm.kernel.virt.kvm.kvm_main import KVM_MAX_VCPUS
     from softcvm.vmm.board import BoardError, plan_board
+    from softcvm.vmm.measure import snp_vmsas
     from softcvm.vmm.run import ExitPolicy
     from softcvm.vmm.vmm import GuestConfig
 
@@ -171,6 +172,8 @@ def _config(args: argparse.Namespace, name: str, image: "OvmfImage") -> "GuestCo
                 f"{name}: {section} is outside the {format_size(args.memory)} of RAM"
             )
     with naming(name):
+        # Refuses what has no place for its vCPUs to start at.
+        snp_vmsas(image, args.vcpus, signature, args.guest_features)
         config = GuestConfig(
             image=image,
             board=board,
@@ -184,8 +187,6 @@ def _config(args: argparse.Namespace, name: str, image: "OvmfImage") -> "GuestCo
             ),
         )
         info = boot_info(config)
-        if args.vcpus > 1 and image.ap_reset_eip == 0:
-            raise UsageError(f"{name}: its AP reset address is 0: it starts one vCPU only")
     try:
         lab(info)
     except ValueError as error:
@@ -196,12 +197,9 @@ def _config(args: argparse.Namespace, name: str, image: "OvmfImage") -> "GuestCo
 
 
 def _hashes(args: argparse.Namespace) -> bytes | None:
-    from softcvm.cli.inputs import kernel_hashes
+    from softcvm.cli.inputs import check_direct_boot, kernel_hashes
 
-    if args.kernel_image is None:
-        for option, value in (("--initrd", args.initrd), ("--append", args.append)):
-            if value is not None:
-                raise UsageError(f"{option} needs --kernel-image")
+    check_direct_boot("--kernel-image", args.kernel_image, args.initrd, args.append)
     return kernel_hashes(args.kernel_image, args.initrd, args.append)
 
 
@@ -237,30 +235,32 @@ def _traced(machine: "Machine", path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
+    from softcvm.cli.inputs import naming
     from softcvm.sim.events import encode
 
-    try:
-        file = open(path, "w", encoding="ascii")  # noqa: SIM115 - what fails later is not its fault
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{path}: {reason}") from error
-    with file:
-        detach = machine.events.attach(lambda event: print(encode(event), file=file))
+    with naming(path):
+        file = open(path, "w", encoding="ascii")  # noqa: SIM115 - closing can fail, too
+
+    def write(event: tuple[object, ...]) -> None:
+        # An OSError would look like one of the machine's system calls to the VMM.
         try:
-            yield
-        finally:
-            detach()
+            print(encode(event), file=file)
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror}") from error
+
+    detach = machine.events.attach(write)
+    try:
+        yield
+    finally:
+        detach()
+        try:
+            file.close()
+        except OSError as error:
+            raise OutputError(f"{path}: {error.strerror}") from error
 
 
 def _count(text: str) -> int:
-    value = _number(text)
+    value = parse_number(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text}: a guest has at least one vCPU")
     return value
-
-
-def _number(text: str) -> int:
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

@@ -1,6 +1,6 @@
-"""What `softcvm boot` prints: JSON, text, or tables on a terminal; and progress on stderr.
+"""What `softcvm boot` prints: JSON or text; and progress on stderr, where that is a terminal.
 
-rich is imported only where there is a terminal to draw on.
+A table is as wide as its numbers need, also on a narrow terminal: a digit cut off is a wrong number.
 """
 
 import json
@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from softcvm.cli.boot_run import BootResult, Claim
+from softcvm.cli.errors import printable
 from softcvm.cli.sizes import format_size
 from softcvm.vmm.launch import Progress
 from softcvm.vmm.vmm import GuestConfig
@@ -45,7 +46,7 @@ def print_report(
     guest = f"{config.vcpus} vCPU{'s' * (config.vcpus > 1)}, {format_size(config.board.memory_bytes)}"
     same = result.launch_digest == result.predicted_digest
     print(f"host          {host}")
-    print(f"guest         {guest}, {firmware}")
+    print(f"guest         {guest}, {printable(firmware)}")
     for line in lines:
         print(f"              | {line}")
     print(f"launch digest {result.launch_digest.hex()}")
@@ -79,17 +80,6 @@ def _print_broken(claim: Claim) -> None:
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """The first column to the left, numbers to the right."""
-    if sys.stdout.isatty():
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-        for i, title in enumerate(header):
-            table.add_column(title, justify="right" if i else "left", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
-        return
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     for row in (header, *rows):
         cells = [

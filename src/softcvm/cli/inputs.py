@@ -1,4 +1,8 @@
-"""Files named on the command line: read, or refused with the file's name and what is wrong with it."""
+"""Files named on the command line: read, or refused with the file's name and what is wrong with it.
+
+A kernel that is booted directly is three options: an initrd and a command line go with a kernel only, and
+empty ones count as absent, as they do for sev-snp-measure.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +11,7 @@ from softcvm.cli.errors import UsageError
 from softcvm.vmm.kernel_hashes import hash_table_of_files
 from softcvm.vmm.ovmf import FOUR_GIB, OvmfError, OvmfImage, read
 
-__all__ = ("kernel_hashes", "naming", "read_firmware")
+__all__ = ("check_direct_boot", "kernel_hashes", "naming", "read_firmware")
 
 
 @contextmanager
@@ -18,7 +22,11 @@ def naming(path: str) -> Iterator[None]:
     except OvmfError as error:
         raise UsageError(f"{path}: {error}") from error
     except OSError as error:
-        raise UsageError(f"{path or repr('')}: {error.strerror or error}") from error
+        raise _unusable(path, error) from error
+
+
+def _unusable(path: str, error: OSError) -> UsageError:
+    return UsageError(f"{path or repr('')}: {error.strerror or error}")
 
 
 def read_firmware(path: str, *, end: int = FOUR_GIB) -> OvmfImage:
@@ -27,14 +35,20 @@ def read_firmware(path: str, *, end: int = FOUR_GIB) -> OvmfImage:
         return read(path, end=end)
 
 
+def check_direct_boot(
+    option: str, kernel: str | None, initrd: str | None, append: str | None
+) -> None:
+    """`option` is what the kernel is given with."""
+    for other, value in (("--initrd", initrd), ("--append", append)):
+        if value and kernel is None:
+            raise UsageError(f"{other} needs {option}")
+
+
 def kernel_hashes(kernel: str | None, initrd: str | None, append: str | None) -> bytes | None:
     """The hash table for a kernel that is booted directly; None without one."""
     if kernel is None:
-        for option, value in (("--initrd", initrd), ("--append", append)):
-            if value is not None:
-                raise UsageError(f"{option} needs --kernel")
         return None
     try:
         return hash_table_of_files(kernel, initrd, append)
     except OSError as error:
-        raise UsageError(f"{error.filename}: {error.strerror}") from error
+        raise _unusable(error.filename, error) from error

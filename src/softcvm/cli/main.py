@@ -4,24 +4,27 @@ A sub-command is a module with `add_arguments(parser)` and `run(args) -> exit st
 and EXAMPLES for its --help.  Only the chosen one is imported, and nothing here or at the top of such a module
 imports what --help can do without.
 
-Exit status: 0 as asked; 1 the command's own finding (or something that is not modelled); 2 bad input, one
-line on stderr; 130 interrupted; 141 nobody reads the output.  Anything else is a bug: its traceback is shown.
+Exit status: 0 as asked; 1 the command's own finding, or something that is not modelled, or output that could
+not be written; 2 bad input, one line on stderr; 130 interrupted; 141 nobody reads the output.  Anything else
+is a bug: its traceback is shown.
 """
 
 import argparse
+import errno
+import io
 import os
 import sys
 from collections.abc import Sequence
 
 from softcvm import __version__
-from softcvm.cli.errors import UsageError
+from softcvm.cli.errors import OutputError, UsageError, printable
 from softcvm.sim.errors import Unmodelled
 
 TYPE_CHECKING = (
     False  # type checkers read it as true; typing itself costs milliseconds of start-up
 )
 if TYPE_CHECKING:
-    from typing import NoReturn
+    from typing import NoReturn, TextIO
 
 __all__ = ("COMMANDS", "Parser", "main")
 
@@ -39,6 +42,7 @@ COMMANDS = {
 
 _STATUS_INTERRUPTED = 128 + 2  # SIGINT, SIGPIPE: as a shell would say it
 _STATUS_NO_READER = 128 + 13
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,6 +55,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     name = "softcvm"
+    _prepare_streams()
     try:
         if argv and argv[0] in COMMANDS:
             name = f"softcvm {argv[0]}"
@@ -61,16 +66,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         _complain(name, str(error))
         return 2
+    except OutputError as error:
+        _complain(name, str(error))
+        return 1
     except Unmodelled as error:
         _complain(name, f"not modelled: {error}")
         return 1
     except KeyboardInterrupt:
         return _STATUS_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes stdout once more when it ends, and would complain again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_on(sys.stdout)
         return _STATUS_NO_READER
+    except OSError as error:
+        # Other files are named by those who open them.
+        if error.filename is not None or error.errno not in _NO_ROOM:
+            raise
+        _give_up_on(sys.stdout)
+        _complain(name, f"standard output: {error.strerror}")
+        return 1
     return status
+
+
+def _prepare_streams() -> None:
+    """Streams that take any text: a closed one is None, and stdout refuses what its encoding lacks."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    elif sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - open to the end
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _give_up_on(stream: "TextIO") -> None:
+    """Python flushes its streams once more when it ends, and would complain again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _run(name: str, module_name: str, argv: Sequence[str]) -> int:
@@ -116,9 +145,7 @@ def _no_command(argv: Sequence[str]) -> int:
 
 
 def _complain(name: str, text: str) -> None:
-    """One line, whatever bytes a file name or an argument may have brought into it."""
-    line = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in text
-    )
-    print(f"{name}: {line}", file=sys.stderr)
+    try:
+        print(f"{name}: {printable(text)}", file=sys.stderr)
+    except OSError:  # nowhere to say it: the exit status still does
+        _give_up_on(sys.stderr)

@@ -11,7 +11,7 @@ import sys
 from softcvm import __version__
 from softcvm.abi.cpu_types import CPU_SIGNATURES, cpu_signature
 from softcvm.cli.errors import UsageError
-from softcvm.cli.sizes import parse_size
+from softcvm.cli.sizes import parse_number, parse_size, parse_u64
 
 __all__ = ("DESCRIPTION", "EXAMPLES", "MODES", "VMM_TYPES", "add_arguments", "run")
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", required=True, choices=tuple(MODES), help="kind of guest")
     add("--vcpus", metavar="N[,N...]", type=_counts, help="number of vCPUs; a digest for each")
     add("--vcpu-type", metavar="TYPE", help=f"type of vCPU ({', '.join(CPU_SIGNATURES)})")
-    add("--vcpu-sig", metavar="VALUE", type=_number, help="CPUID signature of the vCPU")
+    add("--vcpu-sig", metavar="VALUE", type=parse_number, help="CPUID signature of the vCPU")
     add("--vcpu-family", metavar="N", type=int, help="family of the vCPU, for its signature")
     add("--vcpu-model", metavar="N", type=int, help="model of the vCPU, for its signature")
     add(
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guest-features",
         metavar="VALUE",
-        type=_number,
+        type=parse_u64,
         default=1,
         help="SEV_FEATURES of the guest (0x1: SNP; 0x21: with DebugSwap; default 0x1)",
     )
@@ -96,13 +96,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """What argparse cannot know: which options need, or exclude, which."""
+    from softcvm.cli.inputs import check_direct_boot
+
     if args.vmm_type not in VMM_TYPES:
         raise UsageError(
             f"unknown VMM type {args.vmm_type!r} (there is {', '.join(VMM_TYPES)})"
         )
-    for option, value in (("--initrd", args.initrd), ("--append", args.append)):
-        if value is not None and args.kernel is None:
-            raise UsageError(f"{option} needs --kernel")
+    check_direct_boot("--kernel", args.kernel, args.initrd, args.append)
     if args.mode == "sev":
         if args.dump_vmsa:
             raise UsageError("--dump-vmsa: no VMSA is measured in mode sev")
@@ -119,20 +119,23 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _signature(args: argparse.Namespace) -> int:
-    """The vCPU's signature: from family, model and stepping, else as given, else by type."""
+    """The vCPU's signature: from family, model and stepping, else as given, else by type.
+
+    A family or a signature of 0 is none given, as for sev-snp-measure.
+    """
     if args.vcpu_type is not None and args.vcpu_type not in CPU_SIGNATURES:
         known = ", ".join(CPU_SIGNATURES)
         raise UsageError(f"unknown vCPU type {args.vcpu_type!r} (there is {known})")
     if args.mode == "sev":
         return 0
-    if args.vcpu_family is not None:
+    if args.vcpu_family:
         if args.vcpu_model is None or args.vcpu_stepping is None:
             raise UsageError("--vcpu-family needs --vcpu-model and --vcpu-stepping")
         try:
             return cpu_signature(args.vcpu_family, args.vcpu_model, args.vcpu_stepping)
         except ValueError as error:
             raise UsageError(str(error)) from error
-    if args.vcpu_sig is not None:
+    if args.vcpu_sig:
         if not 0 < args.vcpu_sig < 1 << 32:
             raise UsageError(f"--vcpu-sig: {args.vcpu_sig:#x} is not a CPUID signature")
         return int(args.vcpu_sig)
@@ -152,10 +155,6 @@ def _digests(args: argparse.Namespace, signature: int) -> list[bytes]:
 
     if args.mode == "snp:svsm":
         return _svsm_digests(args, signature)
-    if not 0 <= args.guest_features < 1 << 64:
-        raise UsageError(
-            f"--guest-features: {args.guest_features:#x} does not fit into 64 bits"
-        )
     vmm_type = VmmType(args.vmm_type)
     ovmf_hash = _ovmf_hash(args.snp_ovmf_hash)
     image = read_firmware(args.ovmf)
@@ -188,8 +187,6 @@ def _svsm_digests(args: argparse.Namespace, signature: int) -> list[bytes]:
     from softcvm.cli.inputs import naming, read_firmware
     from softcvm.vmm import measure
 
-    if args.kernel is not None:
-        print("softcvm measure: note: mode snp:svsm measures no kernel", file=sys.stderr)
     if args.vars_file is not None:
         with naming(args.vars_file):
             vars_size = os.stat(args.vars_file).st_size
@@ -205,6 +202,8 @@ def _svsm_digests(args: argparse.Namespace, signature: int) -> list[bytes]:
         found = measure.svsm_launch_digests(ovmf, svsm, args.vcpus, signature)
         if args.dump_vmsa:
             _dump(measure.svsm_vmsas(svsm, max(args.vcpus), signature))
+    if args.kernel is not None:
+        print("softcvm measure: note: mode snp:svsm measures no kernel", file=sys.stderr)
     return found
 
 
@@ -287,10 +286,3 @@ def _counts(text: str) -> tuple[int, ...]:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
     return counts
-
-
-def _number(text: str) -> int:
-    try:
-        return int(text, 0)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None

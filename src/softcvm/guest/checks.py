@@ -30,6 +30,7 @@ class Check(IntEnum):
     INTERCEPT = 12
     TABLES = 13
     VMPL = 14
+    PROCESSORS = 15
 
 
 def expect(console: Console, holds: bool, check: Check, saw: object) -> GuestSteps[None]:

@@ -45,6 +45,9 @@ __all__ = (
 )
 
 
+_WRITE = int(PfErr.WRITE)
+
+
 class HostRmpFault(Exception):
     """#PF in the host: a write met an assigned page.  The model's caller decides who dies of it."""
 
@@ -85,7 +88,7 @@ def walk(
     found = npt.translate(gfn, npages)
     if found is None:
         _npf(soc, asid, gfn, error_code, offset, -1, "not present")
-    if error_code & PfErr.WRITE and not found.writable:
+    if error_code & _WRITE and not found.writable:
         _npf(soc, asid, gfn, error_code | PfErr.PRESENT, offset, found.pfn, "read-only")
     return Translated(found.gfn, found.npages, found.pfn, found.level)
 
@@ -207,4 +210,5 @@ def _npf(
 
 
 def _first_in_use(soc: "Soc", start: int, end: int) -> int | None:
-    return min((pfn for pfn in soc.rmp.in_use if start <= pfn < end), default=None)
+    in_use = soc.rmp.in_use
+    return min((pfn for pfn in in_use if start <= pfn < end), default=None) if in_use else None

@@ -14,6 +14,8 @@ __all__ = ("Mapping", "Npt")
 
 _LEVEL = 3
 _WRITABLE = 4
+_LEVELS = (PgLevel.PG_4K, PgLevel.PG_4K, PgLevel.PG_2M, PgLevel.PG_1G)
+"""By number, because a call of PgLevel takes as long as the lookup."""
 
 NptVal = tuple[int, int]
 _NOT_PRESENT: NptVal = (0, 0)
@@ -39,7 +41,7 @@ class Npt(State):
         self, gfn: int, pfn: int, npages: int, level: PgLevel, *, writable: bool = True
     ) -> None:
         """Install leaf mappings of one level; gfn, pfn and npages are multiples of its size."""
-        size = pages_per_level(level)
+        size = 1 << 9 * (level - 1)
         if (gfn | pfn | npages) % size:
             raise ValueError(
                 f"level {level.name} mapping of gfn {gfn:#x} pfn {pfn:#x} x {npages:#x}"
@@ -51,7 +53,7 @@ class Npt(State):
         attrs, delta = self.map[gfn]
         if not attrs:
             return None
-        level = PgLevel(attrs & _LEVEL)
+        level = _LEVELS[attrs & _LEVEL]
         size = pages_per_level(level)
         base = gfn - gfn % size
         return Mapping(base, size, base + delta, level, bool(attrs & _WRITABLE))
@@ -65,7 +67,7 @@ class Npt(State):
             gfn,
             min(end - gfn, npages),
             gfn + delta,
-            PgLevel(attrs & _LEVEL),
+            _LEVELS[attrs & _LEVEL],
             bool(attrs & _WRITABLE),
         )
 
@@ -73,7 +75,7 @@ class Npt(State):
         """Remove every leaf that touches [start, end), whole; the number of leaves removed."""
         leaves = 0
         for s, e, (attrs, _) in self.map.held(start, end):
-            size = pages_per_level(PgLevel(attrs & _LEVEL))
+            size = pages_per_level(_LEVELS[attrs & _LEVEL])
             first, last = s - s % size, -(-e // size) * size
             leaves += (last - first) // size
             self.map.set(first, last, _NOT_PRESENT)
@@ -82,6 +84,6 @@ class Npt(State):
     def mappings(self, start: int = 0, end: int | None = None) -> list[Mapping]:
         """All translations in [start, end), clipped to it."""
         return [
-            Mapping(s, e - s, s + delta, PgLevel(attrs & _LEVEL), bool(attrs & _WRITABLE))
+            Mapping(s, e - s, s + delta, _LEVELS[attrs & _LEVEL], bool(attrs & _WRITABLE))
             for s, e, (attrs, delta) in self.map.held(start, end)
         ]

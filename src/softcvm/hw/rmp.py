@@ -268,11 +268,12 @@ class Rmp(State):
     ) -> None:
         """Write one value over [start, end), keep the counts, tell the tracepoint run by run."""
         new = value[0] & ASID_MASK
+        emit = self.tp.emit
         for s, e, old in self.map.runs(start, end):
             if old[0] & ASID_MASK != new:
                 self._count((old[0] & ASID_MASK) >> ASID_SHIFT, s - e)
                 self._count(new >> ASID_SHIFT, e - s)
-            if self.tp.emit:
+            if emit:
                 self._tell(agent, s, e, old, value, status)
         self.map.set(start, end, value)
 

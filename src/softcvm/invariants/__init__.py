@@ -5,7 +5,7 @@ watched = watch(machine)            # before the run: sentences about events
 for result in check_all(machine, watched): ...
 """
 
-from softcvm.invariants import hardware, kernel
+from softcvm.invariants import hardware, kernel, kvm
 from softcvm.invariants.registry import (
     Checked,
     Violation,
@@ -27,6 +27,7 @@ __all__ = (
     "check_all",
     "hardware",
     "kernel",
+    "kvm",
     "registered",
     "sometimes",
     "watch",

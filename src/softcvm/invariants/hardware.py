@@ -96,7 +96,7 @@ def validated_is_assigned(soc: Soc) -> Checking:
 
 @always(
     "at most one validated page answers to a guest physical address of a guest",
-    source="APM2-24593 §15.36.6: a guest that validates an address twice can be replayed",
+    source="APM2-24593 §15.36: a guest that validates an address twice can be replayed",
     needs="a guest that never validates an address it has validated before",
 )
 def one_validated_page_per_gpa(soc: Soc) -> Checking:
@@ -239,7 +239,7 @@ def held_vmsas_stay(soc: Soc) -> Checking:
 @always_on(
     RmpTransition,
     "an immutable entry changes by firmware only",
-    source="APM2-24593 §15.36.4; APM3-24594 RMPUPDATE",
+    source="APM2-24593 §15.36; APM3-24594 RMPUPDATE",
 )
 def immutable_changes_by_firmware_only(event: RmpTransition) -> Iterator[Violation]:
     changed = (event.old_lo, event.old_hi) != (event.new_lo, event.new_hi)
@@ -250,7 +250,7 @@ def immutable_changes_by_firmware_only(event: RmpTransition) -> Iterator[Violati
 @always_on(
     RmpTransition,
     "an RMPUPDATE that changes owner, gpa, size or assigned leaves nothing validated, no VMSA and no VMPL masks",
-    source="APM3-24594 RMPUPDATE; APM2-24593 §15.36.5",
+    source="APM3-24594 RMPUPDATE; APM2-24593 §15.36",
 )
 def a_changed_page_starts_afresh(event: RmpTransition) -> Iterator[Violation]:
     if event.agent != "RMPUPDATE" or not (event.old_lo ^ event.new_lo) & _BINDING:
@@ -262,7 +262,7 @@ def a_changed_page_starts_afresh(event: RmpTransition) -> Iterator[Violation]:
 @always_on(
     RmpTransition,
     "nothing but PVALIDATE and firmware validates a page",
-    source="APM2-24593 §15.36.6",
+    source="APM2-24593 §15.36",
 )
 def the_hypervisor_validates_nothing(event: RmpTransition) -> Iterator[Violation]:
     if event.agent in ("RMPUPDATE", "RMPADJUST") and event.new_lo & ~event.old_lo & VALIDATED:

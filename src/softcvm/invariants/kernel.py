@@ -1,19 +1,32 @@
 """What holds of Linux and KVM between system calls, while no vCPU is inside an exit.
 
-Linux v7.2 by its own paths.  Looks at runs, never at single pages.
+Linux v7.2 by its own paths.  Looks at runs, never at single pages.  Here: page frames and the RMP against
+what the kernel does with them; the books that KVM keeps are kvm.py.
 """
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from softcvm.abi.kvm.memory import KVM_MEMORY_ATTRIBUTE_PRIVATE
 from softcvm.abi.rmp import PageState
-from softcvm.hw.rmp import ASID_MASK, ASID_SHIFT, ASSIGNED, LINEAR, PAGESIZE, RmpVal
+from softcvm.abi.snp_platform import SNP_TMR_SIZE
+from softcvm.hw.rmp import (
+    ASID_MASK,
+    ASID_SHIFT,
+    ASSIGNED,
+    IMMUTABLE,
+    LINEAR,
+    PAGESIZE,
+    RmpVal,
+)
+from softcvm.invariants.owners import Owned, page_owners
 from softcvm.invariants.registry import Checking, Violation, always
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info, sev_snp_guest
-from softcvm.kernel.mm.page_alloc import FREE, LEAKED
-from softcvm.sim.addr import PTRS_PER_PMD, PgLevel
+from softcvm.kernel.mm.page_alloc import ALLOCATED, FREE, LEAKED
+from softcvm.sim.addr import PAGE_SHIFT, PTRS_PER_PMD, PgLevel
 
 if TYPE_CHECKING:
+    from softcvm.kernel.virt.kvm.kvm_main import Kvm
     from softcvm.machine import Machine
 
 __all__ = ()
@@ -88,32 +101,61 @@ def no_page_stays_pre_guest(m: "Machine") -> Checking:
     return looked_at
 
 
+def _mapped(m: "Machine") -> Iterator[tuple["Kvm", int, int, int, RmpVal]]:
+    """(VM, gfn, first frame, end, RMP value) of everything that SNP guests' tables lead to."""
+    for kvm in m.linux.vm_list:
+        if sev_snp_guest(kvm):
+            for leaf in kvm.arch.npt.mappings():
+                for start, end, value in m.soc.rmp.map.runs(leaf.pfn, leaf.pfn + leaf.npages):
+                    yield kvm, leaf.gfn + start - leaf.pfn, start, end, value
+
+
 @always(
-    "where an SNP guest's table leads to an assigned page, the page is its own and bound to that address",
+    "where an SNP guest's table leads to an assigned page, the page is its own",
     source="arch/x86/kvm/mmu/mmu.c kvm_mmu_faultin_pfn_gmem(), arch/x86/kvm/svm/sev.c sev_gmem_prepare(), v7.2",
     whole_machine=True,
 )
 def nested_mappings_lead_to_own_pages(m: "Machine") -> Checking:
     looked_at = 0
-    for kvm in m.linux.vm_list:
-        if not sev_snp_guest(kvm):
-            continue
-        asid = int(sev_info(kvm).asid)
-        for leaf in kvm.arch.npt.mappings():
-            for start, end, value in m.soc.rmp.map.runs(leaf.pfn, leaf.pfn + leaf.npages):
+    for kvm, _, start, end, value in _mapped(m):
+        looked_at += 1
+        if value[0] & ASSIGNED and _asid(value) != int(sev_info(kvm).asid):
+            why = f"VM {kvm.id} maps {end - start:#x} pages of ASID {_asid(value)}"
+            yield Violation(start, why)
+    return looked_at
+
+
+@always(
+    "what an SNP guest has mapped private is assigned",
+    source="arch/x86/kvm/svm/sev.c sev_gmem_prepare(); virt/kvm/guest_memfd.c kvm_gmem_get_pfn(), v7.2",
+    whole_machine=True,
+)
+def private_leaves_are_assigned(m: "Machine") -> Checking:
+    looked_at = 0
+    for kvm, gfn, start, end, value in _mapped(m):
+        for first, last, attributes in kvm.mem_attr.runs(gfn, gfn + end - start):
+            if attributes & KVM_MEMORY_ATTRIBUTE_PRIVATE:
                 looked_at += 1
                 if not value[0] & ASSIGNED:
-                    continue
-                gfn = leaf.gfn + start - leaf.pfn
-                bound = value[1] + start if value[0] & LINEAR else value[1]
-                if _asid(value) != asid:
-                    yield Violation(
-                        start, f"VM {kvm.id} maps {end - start:#x} pages of ASID {_asid(value)}"
-                    )
-                elif bound != gfn:
-                    yield Violation(
-                        start, f"VM {kvm.id} maps GFN {gfn:#x} to a page bound to {bound:#x}"
-                    )
+                    why = f"VM {kvm.id}: {last - first:#x} pages at GFN {first:#x}"
+                    yield Violation(start + first - gfn, why)
+    return looked_at
+
+
+@always(
+    "where an SNP guest's table leads to an assigned page, the page is bound to that address",
+    source="arch/x86/kvm/svm/sev.c sev_gmem_prepare(), which leaves an assigned page as it is, v7.2",
+    needs="a VMM that never binds a page of a guest_memfd at a second address while the RMP has it",
+    whole_machine=True,
+)
+def nested_mappings_lead_to_pages_bound_there(m: "Machine") -> Checking:
+    looked_at = 0
+    for kvm, gfn, start, _, value in _mapped(m):
+        looked_at += 1
+        bound = value[1] + start if value[0] & LINEAR else value[1]
+        if value[0] & ASSIGNED and bound != gfn:
+            why = f"VM {kvm.id} maps GFN {gfn:#x} to a page bound to {bound:#x}"
+            yield Violation(start, why)
     return looked_at
 
 
@@ -157,6 +199,108 @@ def nested_mappings_lead_to_allocated_pages(m: "Machine") -> Checking:
                     yield Violation(
                         lo, f"VM {kvm.id} maps GFN {gfn:#x} to {hi - lo:#x} free pages"
                     )
+    return looked_at
+
+
+@always(
+    "every page frame in use has one owner, a free one has none",
+    source="mm/page_alloc.c; each owner's own free, v7.2",
+    whole_machine=True,
+)
+def every_page_has_one_owner(m: "Machine") -> Checking:
+    owners = page_owners(m)
+    frames = m.linux.page_alloc.frames
+    at = 0
+    last: Owned | None = None
+    for owned in owners:
+        if last is not None and owned.start < last.end:
+            yield Violation(owned.start, f"{last.owner} and {owned.owner} both have it")
+        yield from _unowned(m, at, owned.start)
+        for lo, hi, state in frames.runs(owned.start, owned.end):
+            if state == FREE:
+                yield Violation(lo, f"{hi - lo:#x} pages of {owned.owner} are free")
+        at = max(at, owned.end)
+        last = owned if last is None or owned.end >= last.end else last
+    yield from _unowned(m, at, m.soc.memory_pages)
+    return len(owners)
+
+
+def _unowned(m: "Machine", start: int, end: int) -> Iterator[Violation]:
+    if start < end:
+        for lo, hi, state in m.linux.page_alloc.frames.runs(start, end):
+            if state == ALLOCATED:
+                yield Violation(lo, f"{hi - lo:#x} pages in use are nobody's")
+
+
+@always(
+    "an extra reference to a page frame is that of a mapped GHCB or of a registered region",
+    source="arch/x86/kvm/svm/sev.c sev_es_unmap_ghcb(), sev_pin_memory(); mm/gup.c, v7.2",
+    whole_machine=True,
+)
+def page_references_are_exact(m: "Machine") -> Checking:
+    held = sorted(m.linux.page_alloc.refs)
+    ghcbs = [
+        vcpu.arch.svm.sev_es.ghcb
+        for kvm in m.linux.vm_list
+        for vcpu in kvm.vcpus
+        if vcpu.arch.svm.sev_es.ghcb is not None
+    ]
+    wanted = [(int(ghcb.pfn), ghcb.pfn + 1) for ghcb in ghcbs]
+    for kvm in m.linux.vm_list:
+        runs = [run for region in sev_info(kvm).regions for run in region.runs]
+        wanted += [(int(pfn), pfn + count) for pfn, count in runs]
+        locked = sum(count for _, count in runs)
+        if locked != sev_info(kvm).pages_locked:
+            yield Violation(-1, f"VM {kvm.id} counts {locked} pinned pages wrongly")
+    if held != sorted(wanted):
+        yield Violation(-1, f"references {held}, GHCBs and regions {sorted(wanted)}")
+    return len(held)
+
+
+@always(
+    "firmware's pages are those lent to it: contexts, response pages, the TMR, the RMP itself; the rest was leaked",
+    source="drivers/crypto/ccp/sev-dev.c snp_alloc_firmware_pages(); arch/x86/kvm/svm/sev.c, v7.2",
+    whole_machine=True,
+)
+def immutable_pages_were_lent(m: "Machine") -> Checking:
+    lent = [(m.soc.rmp.base >> PAGE_SHIFT, (m.soc.rmp.end + 1) >> PAGE_SHIFT)]
+    tmr = m.linux.sev_dev.sev_es_tmr
+    if tmr is not None:
+        lent.append((tmr, tmr + (SNP_TMR_SIZE >> PAGE_SHIFT)))
+    for kvm in m.linux.vm_list:
+        sev = sev_info(kvm)
+        lent += [(p, p + 1) for p in (sev.snp_context, sev.guest_resp_buf) if p is not None]
+    looked_at = 0
+    for start, end, value in _assigned(m):
+        if not value[0] & IMMUTABLE:
+            continue
+        looked_at += 1
+        for lo, hi, owner in m.linux.page_alloc.frames.runs(start, end):
+            inside = sum(max(0, min(hi, e) - max(lo, s)) for s, e in lent)
+            if owner != LEAKED and inside != hi - lo:
+                state = m.soc.rmp.decode(value).name
+                yield Violation(lo, f"{hi - lo - inside:#x} pages are {state}")
+    return looked_at
+
+
+@always(
+    "a guest's page is in a guest_memfd or holds a vCPU's registers, or was leaked",
+    source="virt/kvm/guest_memfd.c; arch/x86/kvm/svm/sev.c sev_gmem_invalidate(), sev_free_vcpu(), v7.2",
+    needs=_ORDINARY,
+    whole_machine=True,
+)
+def guest_pages_are_where_they_belong(m: "Machine") -> Checking:
+    theirs = [o for o in page_owners(m) if o.owner.startswith(("guest_memfd", "VMSA"))]
+    looked_at = 0
+    for start, end, value in _assigned(m):
+        if not _asid(value):
+            continue
+        looked_at += 1
+        for lo, hi, owner in m.linux.page_alloc.frames.runs(start, end):
+            inside = sum(max(0, min(hi, o.end) - max(lo, o.start)) for o in theirs)
+            if owner != LEAKED and inside != hi - lo:
+                why = f"{hi - lo - inside:#x} pages of ASID {_asid(value)}"
+                yield Violation(lo, why)
     return looked_at
 
 

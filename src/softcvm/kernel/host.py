@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from softcvm.kernel.arch.x86.kvm.ops import X86Ops
     from softcvm.kernel.arch.x86.virt.svm.sev import SnpHost
     from softcvm.kernel.drivers.crypto.ccp.sev_dev import SevDevice
+    from softcvm.kernel.virt.kvm.gmem_inode import GmemInode
     from softcvm.kernel.virt.kvm.kvm_main import Kvm
 
 __all__ = ("KvmBug", "Linux", "Warn")
@@ -62,6 +63,7 @@ class Linux(State):
         "counters": "statistics, never read by the model",
         "task_work": "empty at quiescent points",
         "lockdep": "no lock is held at a quiescent point",
+        "gmem_inodes": "each is held by a file",
     }
 
     snp: "SnpHost"
@@ -79,6 +81,8 @@ class Linux(State):
         self.page_alloc = PageAllocator(self, soc.memory_pages)
         self.processes: list[Process] = []
         self.vm_list: list[Kvm] = []
+        self.gmem_inodes: list[GmemInode] = []
+        """The inodes of guest_memfd's superblock (s_inodes)."""
         self.next_vm = 1
         self.next_ino = 1
         self.next_pid = 1

@@ -19,11 +19,11 @@ class Rank(IntEnum):
 
     KVM_LOCK = 10
     VCPU_MUTEX = 20
-    SNP_VMSA_MUTEX = 25  # of the target of an AP creation; taken with the own vcpu->mutex held
     SLOTS_LOCK = 30
     KVM_SRCU = 40
     GUEST_REQ_MUTEX = 41  # guest pages are copied with it held
     INVALIDATE_LOCK_BEFORE_7_0 = 42  # invalidate_lock before 7.0, see invalidate_lock_rank()
+    SNP_VMSA_MUTEX = 43  # of the target of an AP creation; its page is looked up with it held
     MMAP_LOCK = 45
     INVALIDATE_LOCK = 50
     FOLIO_LOCK = 60

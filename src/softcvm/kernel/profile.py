@@ -22,9 +22,20 @@ class KernelProfile:
     # Linux 6.18: KVM_CREATE_GUEST_MEMFD flags MMAP and INIT_SHARED, KVM_CAP_GUEST_MEMFD_FLAGS,
     # guest_memfd for every VM type, internal KVM_MEMSLOT_GMEM_ONLY.
     gmem_mmap: bool
+    # "anon_inode: raise SB_I_NODEV and SB_I_NOEXEC" (2025): VM and vCPU files are noexec; not in
+    # 6.12.117.
+    anon_inode_noexec: bool
     # 6.17: FALLOC_FL_WRITE_ZEROES is a mode that the VFS knows, and that guest_memfd refuses
     # later.
     falloc_write_zeroes: bool
+    # 6.18 computes the end of a binding in signed 64 bits: an offset just below 2^63 passes for
+    # one inside the file.  eba85fee7fc6 (2026) is the fix; 6.12 had unsigned numbers.
+    gmem_bind_offset_signed: bool
+    # 6.18: KVM_GET_ONE_REG and KVM_SET_ONE_REG on x86, for CET (KVM_CAP_ONE_REG).
+    x86_one_reg: bool
+    # 2026, 6517dfbcc918, in the stable 6.18.44 too: two more flags in KVM_CAP_X2APIC_API, to
+    # suppress EOI broadcasts.
+    x2apic_suppress_eoi: bool
     # 6.18, 3ccbf6f47098: KVM_PRE_FAULT_MEMORY gives EAGAIN when its memslot is going, instead
     # of retrying.
     prefault_eagain_on_dying_slot: bool
@@ -49,9 +60,17 @@ class KernelProfile:
     populate_writable_source: bool
     # 6.15, 72d12715edcd: VMRUN with an invalid VMSA is refused with KVM_EXIT_FAIL_ENTRY.
     refuse_vmrun_without_vmsa: bool
+    # 6.15 (fixes e366f92ea99e): AP creation compares all of SEV_FEATURES with KVM's; before, only
+    # how interrupts are injected.
+    ap_features_all_match: bool
+    # 6.16, 309d28576f0a: AP creation waits until the target has left the guest.
+    ap_request_waits: bool
     # CVE-2026-72286, in 7.3 and in the stable 6.12.117: SNP VMs are neither migrated nor
     # mirrored.
     snp_no_intra_host_migration: bool
+    # 2026, 93de2a6a4b91 and 973ea70393e8: moving an encryption context flushes caches on behalf of
+    # the source, whose processors the destination does not know.
+    sev_move_flushes_source: bool
     # 2026, cb923ee6a80f: LAUNCH_FINISH holds every vCPU's mutex while it writes and measures
     # the VMSAs.
     sync_vmsa_locks_all_vcpus: bool
@@ -64,12 +83,23 @@ class KernelProfile:
     # Proposed upstream ("KVM: gmem: 2MB THP support", RFC 2024), in no release: largest folio
     # order of guest_memfd; 0 is every release, 9 is 2M.
     gmem_max_order: int = 0
+    # Proposed upstream (RFC v2, May 2025), in no release: KVM_LINK_GUEST_MEMFD gives a guest_memfd a
+    # second file, which is another VM's view of the same inode.
+    gmem_link: bool = False
+    # Sketched in review ("KVM: Add KVM_CREATE_GUEST_MEMFD ioctl()", 2 Nov 2023), in no release: the host may touch
+    # the shared parts of a private VM's guest_memfd (MMAP), and KVM_SET_MEMORY_ATTRIBUTES takes host mappings
+    # of what becomes private away.  Needs "uptodate" to mean initialised.
+    gmem_in_place: bool = False
 
 
 _OLDEST = KernelProfile(
     name="6.12",
     gmem_mmap=False,
+    anon_inode_noexec=False,
+    gmem_bind_offset_signed=False,
     falloc_write_zeroes=False,
+    x86_one_reg=False,
+    x2apic_suppress_eoi=False,
     prefault_eagain_on_dying_slot=False,
     snp_min_ghcb_version=1,
     populate_per_page=False,
@@ -79,7 +109,10 @@ _OLDEST = KernelProfile(
     snp_launch_update_refuses_empty=False,
     populate_writable_source=False,
     refuse_vmrun_without_vmsa=False,
+    ap_features_all_match=False,
+    ap_request_waits=False,
     snp_no_intra_host_migration=True,
+    sev_move_flushes_source=False,
     sync_vmsa_locks_all_vcpus=False,
     unregistered_ghcb_answered=False,
     hypercall_ret_cleared=False,
@@ -88,7 +121,11 @@ _OLDEST = KernelProfile(
 _V6_18 = KernelProfile(
     name="6.18",
     gmem_mmap=True,
+    anon_inode_noexec=True,
+    gmem_bind_offset_signed=True,
     falloc_write_zeroes=True,
+    x86_one_reg=True,
+    x2apic_suppress_eoi=True,
     prefault_eagain_on_dying_slot=True,
     snp_min_ghcb_version=2,
     populate_per_page=False,
@@ -98,7 +135,10 @@ _V6_18 = KernelProfile(
     snp_launch_update_refuses_empty=False,
     populate_writable_source=False,
     refuse_vmrun_without_vmsa=True,
+    ap_features_all_match=True,
+    ap_request_waits=True,
     snp_no_intra_host_migration=False,
+    sev_move_flushes_source=False,
     sync_vmsa_locks_all_vcpus=False,
     unregistered_ghcb_answered=False,
     hypercall_ret_cleared=True,
@@ -107,7 +147,11 @@ _V6_18 = KernelProfile(
 _V7_3 = KernelProfile(
     name="7.3",
     gmem_mmap=True,
+    anon_inode_noexec=True,
+    gmem_bind_offset_signed=False,
     falloc_write_zeroes=True,
+    x86_one_reg=True,
+    x2apic_suppress_eoi=True,
     prefault_eagain_on_dying_slot=True,
     snp_min_ghcb_version=2,
     populate_per_page=True,
@@ -117,7 +161,10 @@ _V7_3 = KernelProfile(
     snp_launch_update_refuses_empty=True,
     populate_writable_source=True,
     refuse_vmrun_without_vmsa=True,
+    ap_features_all_match=True,
+    ap_request_waits=True,
     snp_no_intra_host_migration=True,
+    sev_move_flushes_source=True,
     sync_vmsa_locks_all_vcpus=True,
     unregistered_ghcb_answered=True,
     hypercall_ret_cleared=True,
@@ -128,7 +175,13 @@ PROFILES: Mapping[str, KernelProfile] = MappingProxyType(
 )
 
 
-def kernel_profile(name: str, *, gmem_max_order: int = 0) -> KernelProfile:
+def kernel_profile(
+    name: str,
+    *,
+    gmem_max_order: int = 0,
+    gmem_link: bool = False,
+    gmem_in_place: bool = False,
+) -> KernelProfile:
     """The profile of a kernel version, with the options that no release has.
 
     Raises ValueError for a version without a profile or an order that nobody proposed.
@@ -138,6 +191,13 @@ def kernel_profile(name: str, *, gmem_max_order: int = 0) -> KernelProfile:
     if gmem_max_order not in (0, 9):
         raise ValueError(f"guest_memfd folio order is 0 (4K) or 9 (2M), not {gmem_max_order}")
     profile = PROFILES[name]
-    if gmem_max_order:
-        return replace(profile, gmem_max_order=gmem_max_order)
+    if gmem_in_place and not profile.uptodate_means_initialised:
+        raise ValueError(f"kernel {name} has no way to convert guest_memfd pages in place")
+    if gmem_max_order or gmem_link or gmem_in_place:
+        return replace(
+            profile,
+            gmem_max_order=gmem_max_order,
+            gmem_link=gmem_link,
+            gmem_in_place=gmem_in_place,
+        )
     return profile

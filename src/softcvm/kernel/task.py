@@ -1,8 +1,8 @@
 """A process as far as KVM sees it: address space, file descriptors, limits
 (include/linux/sched.h, v7.2).
 
-Threads are the drivers' business (sim.steps.Task); `signal_pending` is asked wherever the
-kernel looks for a signal in a long call, and the answer is a choice.
+Threads are the drivers' business (sim.steps.Task).  `signal_pending` is asked wherever the
+kernel looks for a signal in a long call: one that was sent (send_signal()), or a choice.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Rlimits:
 class Process(State):
     """struct task_struct and the files and mm it points to.  One per process of the machine."""
 
-    saved = ("pid", "mm", "files")
+    saved = ("pid", "mm", "files", "signal_after")
     derived = {"linux": "the host, which holds this process", "rlimits": "constant"}
 
     def __init__(self, linux: "Linux", pid: int, rlimits: Rlimits | None = None) -> None:
@@ -40,12 +40,44 @@ class Process(State):
         self.rlimits = rlimits or Rlimits()
         self.mm = MmStruct(linux)
         self.files = FilesStruct()
+        self.signal_after: int | None = None
+        """Looks of the kernel until a signal is there; 0: it is pending.  None: none is on its
+        way."""
 
     def exit(self) -> Steps[None]:
         """do_exit(): the address space goes first, the descriptors after it."""
         yield from self.mm.exit_mmap()
         yield from self.files.close_all()
 
+    def send_signal(self, after: int = 0) -> None:
+        """A signal with a handler: pending now, or once the kernel has looked `after` times."""
+        self.signal_after = after
+
     def signal_pending(self) -> bool:
         """Whether a signal waits for this process right now; none does on an ordinary day."""
+        if self.signal_after is not None:
+            if self.signal_after == 0:
+                return True
+            self.signal_after -= 1
         return self.linux.choices.choose("signal_pending", 2) == 1
+
+    def pages_before_signal(self, npages: int, looks: int = 1) -> int:
+        """How many of npages a loop does that looks `looks` times before each, the first time just
+        now.
+
+        At least 1.  Who does more than one at once accounts for the others with looked().
+        """
+        if self.signal_after is None:
+            return npages
+        return min(npages, max(1, 1 + (self.signal_after - looks + 1) // looks))
+
+    def looked(self, times: int) -> None:
+        """`times` more looks found nothing."""
+        if self.signal_after is not None:
+            self.signal_after = max(0, self.signal_after - times)
+
+    def deliver_signals(self) -> None:
+        """On the way back to user space the handler runs, and the signal is no longer
+        pending."""
+        if self.signal_after == 0:
+            self.signal_after = None

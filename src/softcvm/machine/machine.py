@@ -45,7 +45,8 @@ class Machine(State):
     """A computer that is switched on: SNP initialised, kvm_amd loaded, nobody logged in.
 
     memory: bytes of DRAM.  seed: where all keys come from.  guest: what the vCPUs of the first
-    VMs run, see vm_guest().  Raises ValueError for a processor, kernel or memory size that
+    VMs run, see vm_guest().  gmem_max_order, gmem_link, gmem_in_place: what was proposed for
+    guest_memfd and is in no release (kernel/profile.py).  Raises ValueError for a processor, kernel or memory size that
     there is none of.
     """
 
@@ -60,13 +61,20 @@ class Machine(State):
         *,
         seed: int = 0,
         gmem_max_order: int = 0,
+        gmem_link: bool = False,
+        gmem_in_place: bool = False,
         guest: ProgramFactory | None = None,
         choices: Choices | None = None,
         collector: Callable[[tuple[object, ...]], None] | None = None,
     ) -> None:
         if cpu not in PROFILES:
             raise ValueError(f"no processor {cpu!r}; there are {', '.join(PROFILES)}")
-        profile = kernel_profile(kernel, gmem_max_order=gmem_max_order)
+        profile = kernel_profile(
+            kernel,
+            gmem_max_order=gmem_max_order,
+            gmem_link=gmem_link,
+            gmem_in_place=gmem_in_place,
+        )
         if memory <= 0 or memory % (PTRS_PER_PMD << PAGE_SHIFT):
             raise ValueError(f"memory of {memory:#x} bytes is not a multiple of 2M")
         self.soc = Soc(PROFILES[cpu], memory >> PAGE_SHIFT, seed, choices, Tracepoints())

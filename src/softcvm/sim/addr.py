@@ -25,7 +25,6 @@ __all__ = (
     "gpa_to_gfn",
     "pages_per_level",
     "pfn_to_spa",
-    "spa_to_pfn",
 )
 
 Gpa = NewType("Gpa", int)
@@ -73,7 +72,3 @@ def gpa_to_gfn(gpa: Gpa) -> Gfn:
 
 def pfn_to_spa(pfn: Pfn) -> Spa:
     return Spa(pfn << PAGE_SHIFT)
-
-
-def spa_to_pfn(spa: Spa) -> Pfn:
-    return Pfn(spa >> PAGE_SHIFT)

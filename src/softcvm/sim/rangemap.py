@@ -55,19 +55,29 @@ class RangeMap(Generic[V]):
 
     def run(self, page: int) -> tuple[int, int, V]:
         """The whole run (start, end, value) that holds a page."""
-        at = bisect_right(self._firsts, page) - 1
-        starts = self._starts[at]
-        i = bisect_right(starts, page) - 1
-        return starts[i], self._stop(at, i), self._values[at][i]
+        firsts = self._firsts
+        at = bisect_right(firsts, page)
+        starts = self._starts[at - 1]
+        i = bisect_right(starts, page)
+        value = self._values[at - 1][i - 1]
+        if i < len(starts):
+            return starts[i - 1], starts[i], value
+        return starts[i - 1], firsts[at] if at < len(firsts) else self.limit, value
 
     def runs(self, start: int = 0, end: int | None = None) -> list[tuple[int, int, V]]:
         """Every run in [start, end), clipped to it, in order.  A list: the map may change meanwhile."""
         end = self.limit if end is None else end
         if start >= end:
             return []
-        at = bisect_right(self._firsts, start) - 1
-        i = bisect_right(self._starts[at], start) - 1
-        if end <= self._stop(at, i):
+        firsts = self._firsts
+        at = bisect_right(firsts, start) - 1
+        starts = self._starts[at]
+        i = bisect_right(starts, start) - 1
+        if i + 1 < len(starts):
+            stop = starts[i + 1]
+        else:
+            stop = firsts[at + 1] if at + 1 < len(firsts) else self.limit
+        if end <= stop:
             return [(start, end, self._values[at][i])]
         out: list[tuple[int, int, V]] = []
         page = start
@@ -92,13 +102,17 @@ class RangeMap(Generic[V]):
     def held(self, start: int = 0, end: int | None = None) -> list[tuple[int, int, V]]:
         """The runs in [start, end) whose value is not the default."""
         default = self.default
-        return [run for run in self.runs(start, end) if run[2] != default]
+        found = self.runs(start, end)
+        if len(found) == 1:
+            return found if found[0][2] != default else []
+        return [run for run in found if run[2] != default]
 
     def uniform(self, start: int, end: int) -> bool:
         """True when one value covers all of [start, end)."""
         at = bisect_right(self._firsts, start) - 1
-        i = bisect_right(self._starts[at], start) - 1
-        return end <= self._stop(at, i)
+        starts = self._starts[at]
+        i = bisect_right(starts, start)
+        return end <= (starts[i] if i < len(starts) else self._stop(at, i - 1))
 
     def set(self, start: int, end: int, value: V) -> None:
         """Give every page of [start, end) this value.
@@ -109,14 +123,33 @@ class RangeMap(Generic[V]):
             raise ValueError(f"range [{start:#x}, {end:#x}) is not inside [0, {self.limit:#x})")
         firsts = self._firsts
         at = bisect_right(firsts, start) - 1
-        starts = self._starts[at]
-        beyond = firsts[at + 1] if at + 1 < len(firsts) else self.limit + 1
-        if end >= beyond or (at and starts[0] == start):
+        starts, values = self._starts[at], self._values[at]
+        i = bisect_right(starts, start) - 1
+        last = i + 1 == len(starts)
+        if last:
+            stop = firsts[at + 1] if at + 1 < len(firsts) else self.limit
+        else:
+            stop = starts[i + 1]
+        if end > stop or (at and start == starts[0]) or (last and end == stop):
             self._set_across(at, start, end, value)
             return
-        self._splice(starts, self._values[at], min(beyond, self.limit), start, end, value)
+        held = values[i]
+        if held == value:
+            return
+        if end == stop:
+            self._set_tail(starts, values, i, start, value)
+        elif start > starts[i]:
+            starts.insert(i + 1, start)
+            starts.insert(i + 2, end)
+            values.insert(i + 1, value)
+            values.insert(i + 2, held)
+        elif i and values[i - 1] == value:
+            starts[i] = end
+        else:
+            starts.insert(i + 1, end)
+            values.insert(i, value)
         if len(starts) > BUCKET_MAX:
-            self._rebucket(at, at + 1, starts, self._values[at])
+            self._rebucket(at, at + 1, starts, values)
 
     def update(self, start: int, end: int, change: Callable[[V], V]) -> None:
         """Replace each run's value v in [start, end) by change(v)."""
@@ -148,6 +181,24 @@ class RangeMap(Generic[V]):
         if i + 1 < len(starts):
             return starts[i + 1]
         return self._firsts[at + 1] if at + 1 < len(self._firsts) else self.limit
+
+    @staticmethod
+    def _set_tail(starts: list[int], values: list[V], i: int, start: int, value: V) -> None:
+        """set() from a page of run i up to where run i + 1 of the same bucket begins."""
+        joins = values[i + 1] == value
+        if start > starts[i]:
+            if joins:
+                starts[i + 1] = start
+            else:
+                starts.insert(i + 1, start)
+                values.insert(i + 1, value)
+        elif i and values[i - 1] == value:
+            stop = i + 2 if joins else i + 1
+            del starts[i:stop], values[i:stop]
+        elif joins:
+            del starts[i + 1], values[i]
+        else:
+            values[i] = value
 
     @staticmethod
     def _splice(
@@ -182,15 +233,19 @@ class RangeMap(Generic[V]):
         values[lo:hi] = new_values
 
     def _set_across(self, at: int, start: int, end: int, value: V) -> None:
-        """set() where the range or a neighbour that may join it lies in another bucket."""
+        """set() of any range: over several runs, or where a run that may join lies in another bucket."""
         firsts = self._firsts
         lo = at - 1 if at and firsts[at] == start else at
         hi = bisect_right(firsts, end)  # one past the bucket that holds page `end`
-        starts = [page for bucket in self._starts[lo:hi] for page in bucket]
-        values = [held for bucket in self._values[lo:hi] for held in bucket]
         stop = firsts[hi] if hi < len(firsts) else self.limit
+        if hi == lo + 1:
+            starts, values = self._starts[lo], self._values[lo]
+        else:
+            starts = [page for bucket in self._starts[lo:hi] for page in bucket]
+            values = [held for bucket in self._values[lo:hi] for held in bucket]
         self._splice(starts, values, stop, start, end, value)
-        self._rebucket(lo, hi, starts, values)
+        if hi > lo + 1 or len(starts) > BUCKET_MAX:
+            self._rebucket(lo, hi, starts, values)
 
     def _rebucket(self, lo: int, hi: int, starts: list[int], values: list[V]) -> None:
         """Put runs back as buckets lo .. hi-1, cut to half of BUCKET_MAX where they are too many."""

@@ -6,8 +6,8 @@ drivers exist: run() here goes straight through; the scheduler of exec and the e
 point.  Locks carry the kernel's names and a rank; taking one below a held one is an error of the model.
 """
 
-from collections.abc import Generator
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Generator
+from typing import Final, NamedTuple, TypeVar
 
 __all__ = (
     "Deadlock",
@@ -18,6 +18,7 @@ __all__ = (
     "RwSem",
     "Steps",
     "Task",
+    "Wait",
     "lockdep_assert_held",
     "preempt",
     "run",
@@ -27,10 +28,10 @@ T = TypeVar("T")
 
 
 class Point(NamedTuple):
-    """A place where another task may run; `waits_for` names the lock when this task cannot go on."""
+    """A place where another task may run; `waits_for` is what this task cannot go on without."""
 
     what: str
-    waits_for: "Mutex | RwSem | None" = None
+    waits_for: "Mutex | RwSem | Wait | None" = None
 
 
 Steps = Generator[Point, None, T]
@@ -55,12 +56,17 @@ class Task:
 
 
 class Lockdep:
-    """Knows which task runs now and what it holds; drivers set `current` before they resume a task."""
+    """Knows which task runs now and what it holds; drivers set `current` before they resume a task.
 
-    __slots__ = ("current",)
+    straight: the driver is run() and lets nobody else in, so that a lock that is free is taken without
+    stopping at its point.  Only run() sets it.
+    """
+
+    __slots__ = ("current", "straight")
 
     def __init__(self) -> None:
         self.current = Task("main")
+        self.straight = False
 
     def acquired(self, lock: "Mutex | RwSem") -> None:
         held = self.current.held
@@ -70,9 +76,19 @@ class Lockdep:
         held.append(lock)
 
     def released(self, lock: "Mutex | RwSem") -> None:
-        if lock not in self.current.held:
+        held = self.current.held
+        if lock not in held:
             raise LockOrder(f"{self.current.name} releases {lock.name} without holding it")
-        self.current.held.remove(lock)
+        held.remove(lock)
+
+
+def _nothing() -> Steps[None]:
+    yield from ()
+
+
+_TAKEN: Final = _nothing()
+"""Steps that are over: what acquiring a free lock comes to where nobody looks at the points."""
+list(_TAKEN)
 
 
 class Mutex:
@@ -87,6 +103,17 @@ class Mutex:
         self.owner: Task | None = None
 
     def acquire(self) -> Steps[None]:
+        dep = self.lockdep
+        if dep.straight and self.owner is None:
+            self.owner = task = dep.current
+            held = task.held
+            if held and held[-1].rank > self.rank:
+                dep.acquired(self)  # which says what is wrong
+            held.append(self)
+            return _TAKEN
+        return self._acquire()
+
+    def _acquire(self) -> Steps[None]:
         yield Point(f"lock {self.name}")
         if self.owner is self.lockdep.current:
             raise LockOrder(f"{self.name} taken twice by {self.owner.name}")
@@ -96,7 +123,11 @@ class Mutex:
         self.lockdep.acquired(self)
 
     def release(self) -> None:
-        self.lockdep.released(self)
+        held = self.lockdep.current.held
+        if held and held[-1] is self:
+            held.pop()
+        else:
+            self.lockdep.released(self)
         self.owner = None
 
     @property
@@ -117,6 +148,18 @@ class RwSem:
         self.writer: Task | None = None
 
     def acquire_read(self) -> Steps[None]:
+        dep = self.lockdep
+        if dep.straight and self.writer is None:
+            task = dep.current
+            self.readers.append(task)
+            held = task.held
+            if held and held[-1].rank > self.rank:
+                dep.acquired(self)
+            held.append(self)
+            return _TAKEN
+        return self._acquire_read()
+
+    def _acquire_read(self) -> Steps[None]:
         yield Point(f"lock {self.name} for read")
         while self.writer is not None:
             self._refuse_own(self.lockdep.current)
@@ -125,6 +168,17 @@ class RwSem:
         self.lockdep.acquired(self)
 
     def acquire_write(self) -> Steps[None]:
+        dep = self.lockdep
+        if dep.straight and self.writer is None and not self.readers:
+            self.writer = task = dep.current
+            held = task.held
+            if held and held[-1].rank > self.rank:
+                dep.acquired(self)
+            held.append(self)
+            return _TAKEN
+        return self._acquire_write()
+
+    def _acquire_write(self) -> Steps[None]:
         yield Point(f"lock {self.name} for write")
         while self.writer is not None or self.readers:
             self._refuse_own(self.lockdep.current)
@@ -133,11 +187,20 @@ class RwSem:
         self.lockdep.acquired(self)
 
     def release_read(self) -> None:
-        self.lockdep.released(self)
-        self.readers.remove(self.lockdep.current)
+        task = self.lockdep.current
+        held = task.held
+        if held and held[-1] is self:
+            held.pop()
+        else:
+            self.lockdep.released(self)
+        self.readers.remove(task)
 
     def release_write(self) -> None:
-        self.lockdep.released(self)
+        held = self.lockdep.current.held
+        if held and held[-1] is self:
+            held.pop()
+        else:
+            self.lockdep.released(self)
         self.writer = None
 
     def _refuse_own(self, task: Task) -> None:
@@ -147,6 +210,20 @@ class RwSem:
     @property
     def busy(self) -> bool:
         return self.writer is not None or bool(self.readers)
+
+
+class Wait:
+    """An interruptible sleep: `over` tells whether it can end.  No lock, so nothing is held against it."""
+
+    __slots__ = ("name", "over")
+
+    def __init__(self, name: str, over: Callable[[], bool]) -> None:
+        self.name = name
+        self.over = over
+
+    @property
+    def busy(self) -> bool:
+        return not self.over()
 
 
 def lockdep_assert_held(lock: Mutex | RwSem) -> None:
@@ -160,16 +237,32 @@ def preempt(what: str) -> Steps[None]:
     yield Point(what)
 
 
-def run(steps: Steps[T]) -> T:
-    """Run steps straight through.
+def run(
+    steps: Steps[T],
+    interrupt: Callable[[], None] | None = None,
+    *,
+    lockdep: Lockdep | None = None,
+) -> T:
+    """Run steps straight through; with their machine's lockdep, without a stop at locks that are free.
 
-    Raises Deadlock when they wait for a lock: with one task, nobody can release it.
+    A sleep that nothing else can end is ended by `interrupt`, which sends the sleeper a signal.  Raises
+    Deadlock when the steps wait for a lock, or sleep on after that: with one task, nobody can help.
     """
+    if lockdep is not None:
+        lockdep.straight = True
     try:
         while True:
             point = next(steps)
-            if point.waits_for is not None:
-                raise Deadlock(f"{point.what}: held, and no other task runs")
+            if point.waits_for is None:
+                continue
+            if interrupt is not None and isinstance(point.waits_for, Wait):
+                interrupt()
+                if not point.waits_for.busy:
+                    continue
+            raise Deadlock(f"{point.what}: held, and no other task runs")
     except StopIteration as stop:
         result: T = stop.value
         return result
+    finally:
+        if lockdep is not None:
+            lockdep.straight = False

@@ -31,7 +31,7 @@ def kvm_dev_ioctl(proc: "Process", request: int, arg: int, argp: UserPtr) -> Ste
                 raise KernelError(EINVAL, "KVM_GET_API_VERSION takes no argument")
             return k.KVM_API_VERSION
         case k.KVM_CREATE_VM:
-            return kvm_create_vm(proc, arg)
+            return (yield from kvm_create_vm(proc, arg))
         case k.KVM_CHECK_EXTENSION:
             return kvm_vm_ioctl_check_extension(linux, None, arg)
         case k.KVM_GET_VCPU_MMAP_SIZE:
@@ -49,7 +49,12 @@ def kvm_dev_ioctl(proc: "Process", request: int, arg: int, argp: UserPtr) -> Ste
             return 0
         case k.KVM_GET_EMULATED_CPUID | k.KVM_GET_MSRS:
             raise Unmodelled(f"{IOCTL_NAMES[request]} on /dev/kvm")
-        case k.KVM_GET_MSR_INDEX_LIST | k.KVM_GET_MSR_FEATURE_INDEX_LIST:
+        case (
+            k.KVM_GET_MSR_INDEX_LIST
+            | k.KVM_GET_MSR_FEATURE_INDEX_LIST
+            | k.KVM_X86_GET_MCE_CAP_SUPPORTED
+            | k.KVM_GET_SUPPORTED_HV_CPUID
+        ):
             raise Unmodelled(f"{IOCTL_NAMES[request]} on /dev/kvm")
         case _:
             raise KernelError(EINVAL, f"{ioctl_name(request)} on /dev/kvm")

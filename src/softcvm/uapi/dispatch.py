@@ -6,7 +6,7 @@ Everything here is Steps: a driver runs them.
 """
 
 import os
-from errno import ENODEV, ENOENT, ENOTTY
+from errno import EINVAL, ENODEV, ENOENT, ENOTTY
 from typing import TYPE_CHECKING, TypeVar
 
 from softcvm.kernel.errors import KernelError, Unmodelled
@@ -16,7 +16,7 @@ from softcvm.kernel.mm.uaccess import UserPtr
 from softcvm.kernel.virt.kvm.gmem_inode import GmemFile
 from softcvm.kernel.virt.kvm.gmem_mmap import GmemVmOps, VcpuVmOps
 from softcvm.kernel.virt.kvm.kvm_main import Kvm, KvmVcpu
-from softcvm.sim.addr import Hva
+from softcvm.sim.addr import PAGE_MASK, Hva
 from softcvm.sim.steps import Steps
 from softcvm.uapi.dev_kvm import kvm_dev_ioctl
 from softcvm.uapi.dev_sev import sev_dev_ioctl
@@ -82,11 +82,13 @@ def sys_ioctl(proc: "Process", fd: int, request: int, arg: int | bytearray) -> S
             result = yield from _ioctl(proc, file, request, arg)
         finally:
             linux.task_work.fput(file)
-            yield from linux.task_work.run()
+            if linux.task_work.pending:
+                yield from linux.task_work.run()
     except KernelError as error:
         errno, why = error.errno, error.why
         raise OSError(errno, f"{ioctl_name(request)}: {why}") from error
     finally:
+        proc.deliver_signals()
         if linux.tp.emit:
             linux.tp.emit(Ioctl(ioctl_name(request), kind, result, errno, why))
     return result
@@ -95,7 +97,7 @@ def sys_ioctl(proc: "Process", fd: int, request: int, arg: int | bytearray) -> S
 def sys_fallocate(proc: "Process", fd: int, mode: int, offset: int, length: int) -> Steps[None]:
     """fallocate(2)"""
     args = (fd, mode, offset, length)
-    yield from _syscall(proc, "fallocate", args, _fallocate(proc, fd, mode, offset, length))
+    return _syscall(proc, "fallocate", args, _fallocate(proc, fd, mode, offset, length))
 
 
 def sys_mmap(
@@ -126,13 +128,15 @@ def _syscall(
         try:
             value = yield from steps
         finally:
-            yield from proc.linux.task_work.run()
+            if proc.linux.task_work.pending:
+                yield from proc.linux.task_work.run()
         result = value if isinstance(value, int) else 0
         return value
     except KernelError as error:
         errno, why = error.errno, error.why
         raise OSError(errno, f"{name}: {why}") from error
     finally:
+        proc.deliver_signals()
         if proc.linux.tp.emit:
             proc.linux.tp.emit(Syscall(name, args, result, errno, why))
 
@@ -169,43 +173,52 @@ def _ioctl(proc: "Process", file: File, request: int, arg: int | bytearray) -> S
     value = 0 if isinstance(arg, bytearray) else arg & _U64
     match file.private:
         case Kvm() as kvm:
-            return (yield from kvm_vm_ioctl(kvm, proc, request, value, argp))
+            return kvm_vm_ioctl(kvm, proc, request, value, argp)
         case KvmVcpu() as vcpu:
-            return (yield from kvm_vcpu_ioctl(vcpu, proc, request, value, argp))
+            return kvm_vcpu_ioctl(vcpu, proc, request, value, argp)
         case GmemFile():
             raise KernelError(ENOTTY, f"{ioctl_name(request)} on a guest_memfd")
         case _ if file.kind is FileKind.DEV_KVM:
-            return (yield from kvm_dev_ioctl(proc, request, value, argp))
+            return kvm_dev_ioctl(proc, request, value, argp)
         case _ if file.kind is FileKind.DEV_SEV:
-            return (yield from sev_dev_ioctl(proc, request, argp))
+            return sev_dev_ioctl(proc, request, argp)
         case _:
             raise KernelError(ENOTTY, f"a {file.kind.value} file has no ioctls")
 
 
 def _fallocate(proc: "Process", fd: int, mode: int, offset: int, length: int) -> Steps[None]:
-    file = proc.files.lookup(fd)
     if not -_S64 <= offset < _S64 or not -_S64 <= length < _S64:
         raise ValueError("fallocate() takes signed 64-bit offsets, as os.posix_fallocate does")
-    if not isinstance(file.private, GmemFile):
-        vfs_check_fallocate(proc.linux.profile, mode, offset, length)
-        raise KernelError(ENODEV, f"fd {fd} is no regular file")
-    yield from gmem_fallocate(proc, file.private, mode, offset, length)
+    file = proc.files.fget(fd)
+    try:
+        if not isinstance(file.private, GmemFile):
+            vfs_check_fallocate(proc.linux.profile, mode, offset, length)
+            raise KernelError(ENODEV, f"fd {fd} is no regular file")
+        yield from gmem_fallocate(proc, file.private, mode, offset, length)
+    finally:
+        proc.linux.task_work.fput(file)
 
 
 def _mmap(
     proc: "Process", length: int, prot: int, flags: int, fd: int, offset: int, addr: int
 ) -> Steps[int]:
+    if offset & PAGE_MASK:
+        raise KernelError(EINVAL, f"offset {offset:#x} is not page aligned")
     file = None
     if not flags & MAP_ANONYMOUS:
-        file = proc.files.lookup(fd)
-    ops = _vm_ops(file) if file is not None else None
-    return (yield from proc.mm.mmap(length, prot, flags, file, ops, offset, addr))
+        file = proc.files.fget(fd)
+    try:
+        ops = _vm_ops(file) if file is not None else None
+        return (yield from proc.mm.mmap(length, prot, flags, file, ops, offset, addr))
+    finally:
+        if file is not None:
+            proc.linux.task_work.fput(file)
 
 
 def _vm_ops(file: File) -> VmOps | None:
     """What a file answers to mmap(2); None is ENODEV."""
     match file.private:
-        case GmemFile() as gmem:
+        case GmemFile() as gmem if gmem.inode.linux.profile.gmem_mmap:
             return GmemVmOps(gmem.inode)
         case KvmVcpu() as vcpu:
             return VcpuVmOps(vcpu)

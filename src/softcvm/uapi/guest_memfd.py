@@ -35,7 +35,7 @@ def gmem_fallocate(
     vfs_check_fallocate(proc.linux.profile, mode, offset, length)
     if offset + length > _S64_MAX:
         raise KernelError(EFBIG, f"offset {offset:#x} + length {length:#x}")
-    yield from kvm_gmem_fallocate(gmem.inode, proc, mode, offset, length)
+    return kvm_gmem_fallocate(gmem.inode, proc, mode, offset, length)
 
 
 def vfs_check_fallocate(profile: KernelProfile, mode: int, offset: int, length: int) -> None:

@@ -23,6 +23,7 @@ from softcvm.abi.kvm.vcpu import (
 )
 from softcvm.abi.layout import Layout
 from softcvm.kernel.arch.x86.kvm import regs
+from softcvm.kernel.arch.x86.kvm.lapic import kvm_apic_accept_events
 from softcvm.kernel.arch.x86.kvm.mmu.mmu import kvm_arch_vcpu_pre_fault_memory
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_arch_vcpu_ioctl_run
 from softcvm.kernel.errors import KernelError, Unmodelled
@@ -110,6 +111,8 @@ def kvm_vcpu_ioctl(
 def _locked(
     vcpu: "KvmVcpu", proc: "Process", request: int, arg: int, argp: UserPtr
 ) -> Steps[int]:
+    if request == k.KVM_GET_MP_STATE:
+        yield from kvm_apic_accept_events(vcpu)
     if request in _GET:
         yield from argp.write(_GET[request](vcpu).data)
         return 0
@@ -135,6 +138,10 @@ def _locked(
             return (yield from _get_cpuid2(vcpu, argp))
         case k.KVM_SET_MSRS | k.KVM_GET_MSRS:
             return (yield from _msr_io(vcpu, request, argp))
+        case k.KVM_GET_ONE_REG | k.KVM_SET_ONE_REG | k.KVM_GET_REG_LIST if (
+            vcpu.kvm.linux.profile.x86_one_reg
+        ):
+            raise Unmodelled(f"{IOCTL_NAMES[request]} on a vCPU")
         case _ if request in _UNMODELLED:
             raise Unmodelled(f"{IOCTL_NAMES[request]} on a vCPU")
         case _:

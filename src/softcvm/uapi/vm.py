@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm import _generated_kvm as k
 from softcvm.abi.kvm.memory import (
+    KVM_LINK_GUEST_MEMFD,
+    KvmClearDirtyLog,
     KvmCreateGuestMemfd,
     KvmDirtyLog,
     KvmEncRegion,
+    KvmLinkGuestMemfd,
     KvmMemoryAttributes,
     KvmUserspaceMemoryRegion,
     KvmUserspaceMemoryRegion2,
@@ -25,7 +28,11 @@ from softcvm.kernel.arch.x86.kvm.caps import (
 )
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
-from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_create
+from softcvm.kernel.virt.kvm.dirty_log import (
+    kvm_vm_ioctl_clear_dirty_log,
+    kvm_vm_ioctl_reset_dirty_pages,
+)
+from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_create, kvm_gmem_link
 from softcvm.kernel.virt.kvm.kvm_main import Kvm, kvm_create_vcpu
 from softcvm.kernel.virt.kvm.mem_attributes import kvm_vm_ioctl_set_mem_attributes
 from softcvm.kernel.virt.kvm.memslots import (
@@ -51,9 +58,7 @@ _UNMODELLED = frozenset(
         k.KVM_IRQ_LINE_STATUS,
         k.KVM_SET_GSI_ROUTING,
         k.KVM_CREATE_DEVICE,
-        k.KVM_RESET_DIRTY_RINGS,
         k.KVM_GET_STATS_FD,
-        k.KVM_CLEAR_DIRTY_LOG,
         k.KVM_SET_TSS_ADDR,
         k.KVM_SET_IDENTITY_MAP_ADDR,
         k.KVM_SET_NR_MMU_PAGES,
@@ -113,12 +118,20 @@ def kvm_vm_ioctl(
         case k.KVM_GET_DIRTY_LOG:
             log = KvmDirtyLog((yield from argp.read(KvmDirtyLog.SIZE)))
             yield from kvm_vm_ioctl_get_dirty_log(kvm, log)
+        case k.KVM_CLEAR_DIRTY_LOG:
+            clear = KvmClearDirtyLog((yield from argp.read(KvmClearDirtyLog.SIZE)))
+            yield from kvm_vm_ioctl_clear_dirty_log(kvm, clear)
+        case k.KVM_RESET_DIRTY_RINGS:
+            return kvm_vm_ioctl_reset_dirty_pages(kvm)
         case k.KVM_SET_MEMORY_ATTRIBUTES:
             attrs = KvmMemoryAttributes((yield from argp.read(KvmMemoryAttributes.SIZE)))
             yield from kvm_vm_ioctl_set_mem_attributes(kvm, attrs)
         case k.KVM_CREATE_GUEST_MEMFD:
             gmem = KvmCreateGuestMemfd((yield from argp.read(KvmCreateGuestMemfd.SIZE)))
             return kvm_gmem_create(kvm, proc, gmem.size, gmem.flags)
+        case _ if request == KVM_LINK_GUEST_MEMFD and kvm.linux.profile.gmem_link:
+            link = KvmLinkGuestMemfd((yield from argp.read(KvmLinkGuestMemfd.SIZE)))
+            return kvm_gmem_link(kvm, proc, link.fd, link.flags)
         case k.KVM_MEMORY_ENCRYPT_OP:
             return (yield from kvm.ops.mem_enc_ioctl(kvm, proc, argp))
         case k.KVM_MEMORY_ENCRYPT_REG_REGION:

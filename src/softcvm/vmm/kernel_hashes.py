@@ -25,15 +25,22 @@ def hash_table(kernel: bytes, initrd: bytes, cmdline: bytes) -> bytes:
 
 
 def hash_table_of_files(kernel: str, initrd: str | None, append: str | None) -> bytes:
-    """The table for these files and this command line; what is absent is hashed as empty."""
+    """The table for these files and this command line; what is absent is hashed as empty.
+
+    An OSError names the file, also where it could be opened but not read.
+    """
     line = (append or "").encode("utf-8", "surrogateescape") + b"\0"
     return hash_table(
         _file_sha256(kernel),
-        _file_sha256(initrd) if initrd is not None else sha256(b"").digest(),
+        _file_sha256(initrd) if initrd else sha256(b"").digest(),
         sha256(line).digest(),
     )
 
 
 def _file_sha256(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file_digest(file, "sha256").digest()
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file_digest(file, "sha256").digest()
+    except OSError as error:
+        error.filename = path
+        raise

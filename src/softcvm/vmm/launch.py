@@ -34,7 +34,7 @@ Progress = Callable[[str, int, int], None]
 
 def init(vm: Vm, guest_features: int) -> None:
     """KVM_SEV_INIT2.  KVM sets SNP_ACTIVE itself and refuses it from user space."""
-    vmsa_features = guest_features & ~SevFeatures.SNP_ACTIVE
+    vmsa_features = guest_features & ~int(SevFeatures.SNP_ACTIVE)
     vm.sev(SevCmdId.INIT2, KvmSevInit(vmsa_features=vmsa_features))
 
 

@@ -3,13 +3,17 @@
 kvm_cpu_exec() of QEMU's accel/kvm/kvm-all.c and kvm_arch_handle_exit() of target/i386/kvm/kvm.c.  Page-state
 changes arrive as KVM_HC_MAP_GPA_RANGE; an access to memory in the other state as a memory-fault exit, which
 is the implicit form of the same request.  Exits that this VMM has no answer to are VmmErrors that name them.
+
+One thread runs all vCPUs: the first, and whenever its guest says that it can wait (a write to the delay port),
+each of the others until it sleeps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from errno import EFAULT, EINVAL
+from errno import EAGAIN, EFAULT, EINTR, EINVAL
 from typing import NamedTuple
 
+from softcvm.abi.board import DELAY_PORT
 from softcvm.abi.ghcb import GHCB_MSR_INFO_MASK, GhcbMsr
 from softcvm.abi.kvm.memory import KVM_HC_MAP_GPA_RANGE, MapGpaRange
 from softcvm.abi.kvm.run import KvmExit, KvmRun, MemoryExitFlag, SystemEvent
@@ -45,7 +49,7 @@ class ExitPolicy:
 
 @dataclass
 class Runner:
-    """Runs one vCPU until the guest ends.  on_exit is called before each exit is served."""
+    """Runs vCPUs until the guest ends.  on_exit is called before each exit is served."""
 
     memory: GuestMemory
     ports: Ports
@@ -53,17 +57,40 @@ class Runner:
     on_exit: Callable[[KvmExit], None] | None = None
     exits: dict[str, int] = field(default_factory=dict)
 
-    def run(self, vcpu: Vcpu) -> Termination:
+    def run(self, vcpus: Sequence[Vcpu]) -> Termination:
+        first, *others = vcpus
         while True:
-            errno = vcpu.run()
-            run = vcpu.exit()
-            reason = self._reason(vcpu, run, errno)
-            self.exits[reason.name] = self.exits.get(reason.name, 0) + 1
-            if self.on_exit is not None:
-                self.on_exit(reason)
-            ended = self._serve(vcpu, run, reason)
+            run, ended = self._run_once(first, first.run())
             if ended is not None:
                 return ended
+            if others and _waits(run):
+                for vcpu in others:
+                    ended = self._until_it_sleeps(vcpu)
+                    if ended is not None:
+                        return ended
+
+    def _until_it_sleeps(self, vcpu: Vcpu) -> Termination | None:
+        """EINTR: it is not started, or halted; the signal that ends its sleep lets us go on.
+
+        EAGAIN: it has just been started.
+        """
+        while True:
+            errno = vcpu.run()
+            if errno == EINTR:
+                return None
+            if errno != EAGAIN:
+                run, ended = self._run_once(vcpu, errno)
+                if ended is not None or _waits(run):
+                    return ended
+
+    def _run_once(self, vcpu: Vcpu, errno: int) -> tuple[KvmRun, Termination | None]:
+        """Serve one exit."""
+        run = vcpu.exit()
+        reason = self._reason(vcpu, run, errno)
+        self.exits[reason.name] = self.exits.get(reason.name, 0) + 1
+        if self.on_exit is not None:
+            self.on_exit(reason)
+        return run, self._serve(vcpu, run, reason)
 
     @staticmethod
     def _reason(vcpu: Vcpu, run: KvmRun, errno: int) -> KvmExit:
@@ -140,3 +167,12 @@ class Runner:
         if msr & GHCB_MSR_INFO_MASK != GhcbMsr.TERM_REQ:
             raise VmmError(f"vCPU {vcpu.vcpu_id}: SEV_TERM with GHCB MSR {msr:#x}")
         return Termination(msr >> 12 & 0xF, msr >> 16 & 0xFF)
+
+
+def _waits(run: KvmRun) -> bool:
+    """The guest gives its time away."""
+    return bool(
+        run.exit_reason == KvmExit.IO
+        and run.io_port == DELAY_PORT
+        and run.io_direction != _IO_IN
+    )

@@ -90,9 +90,9 @@ class Vmm:
         on_line: Callable[[str], None],
         on_exit: Callable[[KvmExit], None] | None = None,
     ) -> Termination:
-        """Run the boot processor until the guest ends.  The others wait until it starts them."""
+        """Run the guest until it ends: the boot processor, and the others when it has started them."""
         runner = Runner(self.memory, Ports(self.memory, on_line), self.config.exits, on_exit)
-        return runner.run(self.vcpus[0])
+        return runner.run(self.vcpus)
 
     def _create(self) -> None:
         self.kvm = self._open.enter_context(Kvm(self.sys))

@@ -231,8 +231,8 @@ def test_an_unknown_command_is_refused_and_an_unmodelled_one_stops_the_run(host:
     assert host.psp.command(0x0FF) is SnpStatus.INVALID_COMMAND
     with pytest.raises(Unmodelled, match="ACTIVATE_EX"):
         host.psp.command(SnpCmd.ACTIVATE_EX)
-    with pytest.raises(Unmodelled, match=r"SevCmd\.LAUNCH_START"):
-        host.psp.command(SevCmd.LAUNCH_START)
+    with pytest.raises(Unmodelled, match=r"SevCmd\.SEND_START"):
+        host.psp.command(SevCmd.SEND_START)
 
 
 def test_every_command_is_an_event(host: Host) -> None:

@@ -339,13 +339,6 @@ def test_scratch_outside_the_page_is_version_1(boot: Any) -> None:
     assert answer.sw_exit_info_2 == 0x100 << 32  # MAP_GPA_RANGE exits are not enabled
 
 
-def test_ap_creation_is_unmodelled_by_name(host: Any) -> None:
-    request = ghcb(GhcbExit.AP_CREATION, ApCreation.CREATE, 0x3000, rax=1)
-    vm = launched(host, page(request, []))
-    with pytest.raises(Unmodelled, match="AP_CREATION"):
-        vm.run()
-
-
 def test_only_snp_guests_run(host: Any) -> None:
     vm = host.vm(VmType.DEFAULT, init=False)
     vm.vcpu()

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from softcvm.abi.insn import Load, Program, Pvalidate, Rmpadjust, Store, Touch
@@ -26,14 +26,17 @@ PUNCH = 3  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 _steps = st.lists(
     st.tuples(
         st.sampled_from(("prepare 4K", "prepare 2M", "free", "smash", "run")),
-        st.integers(0, 3 * 512 - 1),
-        st.integers(1, 900),
+        st.one_of(st.sampled_from([0, 512, 1024]), st.integers(0, 3 * 512 - 1)),
+        st.one_of(st.sampled_from([1, 256, 512, 1024]), st.integers(1, 900)),
     ),
     max_size=7,
 )
 
 
 @settings(max_examples=50)
+@example([("prepare 2M", 0, 1), ("free", 0, 512)])
+@example([("prepare 2M", 0, 1500), ("free", 100, 1200), ("free", 0, 1536)])
+@example([("prepare 4K", 700, 30), ("prepare 2M", 0, 1536), ("run", 0, 900), ("run", 512, 900)])
 @given(_steps)
 def test_hooks_over_runs_mean_the_loops_over_their_pages(
     boot: Any, steps: list[tuple[str, int, int]]
@@ -236,8 +239,10 @@ def test_r2_6_kvm_smashes_a_2m_entry_that_the_guest_uses_at_4k(boot: Any, touch:
     assert rmp.head(head).pagesize == 1
     vm.attributes(0x300, 0x100, private=False)
     assert rmp.head(head).pagesize == 1  # nothing was punched out: the RMP stays at 2M
+    zaps = host.linux.counters.zaps
     assert vm.run().exit_reason == k.KVM_EXIT_HLT
     assert hw.psmash == 1
+    assert host.linux.counters.zaps > zaps  # what was mapped before is looked at anew
     assert rmp.head(head).pagesize == 0
     assert rmp.state(head) is PageState.GUEST_VALID  # a smash keeps the guest's acceptance
     if touch == "access":

@@ -366,6 +366,19 @@ def test_launch_start_refuses_in_order(host: Any) -> None:
     assert vm.sev_cmd(SevCmdId.SNP_LAUNCH_START, good)[0] == EINVAL
 
 
+def test_error_is_firmware_s_status_where_firmware_was_asked_and_else_the_caller_s(
+    host: Any,
+) -> None:
+    vm = host.vm()
+    vm.memory(16)
+    start = KvmSevSnpLaunchStart(policy=0x30000)
+    errno, cmd = vm.sev_cmd(SevCmdId.SNP_LAUNCH_START, start, error=0x77)
+    assert (errno, cmd.error) == (0, 0)
+    update = KvmSevSnpLaunchUpdate(gfn_start=1, len=4096, type=ZERO)
+    errno, cmd = vm.sev_cmd(SevCmdId.SNP_LAUNCH_UPDATE, update, error=0x77)
+    assert (errno, cmd.error) == (0, 0x77)  # a status of its own, copied on failure only
+
+
 def test_commands_before_their_time(host: Any) -> None:
     sev = host.vm(VmType.SEV_ES)
     for vm in (host.vm(init=False), sev):

@@ -149,6 +149,17 @@ def test_without_the_split_a_host_write_nearby_would_fault(host: Any) -> None:
     soc.host_write(0x2006 << 12, b"x", linux.snp.direct_map.level(Pfn(0x2006)))
 
 
+def test_the_split_comes_before_the_processor_is_asked_and_stays_when_it_refuses(
+    host: Any,
+) -> None:
+    linux, rmp = host.linux, host.soc.rmp
+    rmp.firmware_write("test", 0x2600, 1, rmp.head(0x2600)._replace(immutable=1))
+    with pytest.raises(RmpError):
+        sev.rmp_make_private(linux, Pfn(0x2600), Gpa(0), K4, A7, immutable=False, count=600)
+    assert linux.snp.direct_map.level(Pfn(0x2600)) is K4
+    assert linux.snp.direct_map.level(Pfn(0x2800)) is M2  # never came that far
+
+
 def test_a_1g_mapping_is_split_to_2m_around_the_4k_page(boot: Any) -> None:
     host = boot(pages=1 << 19)
     direct_map = host.linux.snp.direct_map

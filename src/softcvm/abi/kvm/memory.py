@@ -9,12 +9,14 @@ from softcvm.abi.layout import U32, U64, Bytes, Layout
 
 __all__ = (
     "KVM_HC_MAP_GPA_RANGE",
+    "KVM_LINK_GUEST_MEMFD",
     "KVM_MEMORY_ATTRIBUTE_PRIVATE",
     "GmemFlag",
     "KvmClearDirtyLog",
     "KvmCreateGuestMemfd",
     "KvmDirtyLog",
     "KvmEncRegion",
+    "KvmLinkGuestMemfd",
     "KvmMemoryAttributes",
     "KvmPreFaultMemory",
     "KvmUserspaceMemoryRegion",
@@ -26,6 +28,8 @@ __all__ = (
 
 KVM_MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
 KVM_HC_MAP_GPA_RANGE = 12
+KVM_LINK_GUEST_MEMFD = 0xC040_AED6
+"""Proposed, in no release: "New KVM ioctl to link a gmem inode to a new gmem file", RFC v2, May 2025."""
 
 
 class VmType(IntEnum):
@@ -85,6 +89,14 @@ class KvmUserspaceMemoryRegion2(Layout, size=160):
 
 class KvmCreateGuestMemfd(Layout, size=64):
     size = U64(0)
+    flags = U64(8)
+    reserved = Bytes(16, 48)
+
+
+class KvmLinkGuestMemfd(Layout, size=64):
+    """Proposed, as the ioctl."""
+
+    fd = U64(0)
     flags = U64(8)
     reserved = Bytes(16, 48)
 

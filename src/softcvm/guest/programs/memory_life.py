@@ -2,7 +2,7 @@
 
 Accepts all RAM with full page-state buffers, writes and re-reads patterns, exchanges data with a device
 through bounce buffers, has 2M pages smashed and rejoins them, provokes each kind of fault and survives,
-then asks for termination.  Each paragraph says on the console what came of it, so that a line there is a
+starts and stops its other processors, then asks for termination.  Each paragraph says on the console what came of it, so that a line there is a
 point where the guest is at rest.
 """
 
@@ -13,7 +13,7 @@ from softcvm.guest.boot_info import BootInfo, Extent, free_of, subtract
 from softcvm.guest.checks import Check
 from softcvm.guest.ghcb import GuestSteps, TermSet, terminate
 from softcvm.guest.memory import PMD_SIZE
-from softcvm.guest.programs import faults, sharing
+from softcvm.guest.programs import faults, processors, sharing
 from softcvm.guest.programs.vcpu import Vcpu, bring_up, ghcb_pages
 
 __all__ = ("LAB_SIZE", "lab", "memory_life")
@@ -36,8 +36,14 @@ def lab(info: BootInfo) -> Extent:
 
 def memory_life(info: BootInfo) -> Callable[[int], Program]:
     """The program of each vCPU.  Raises ValueError when the guest has too little RAM for it."""
-    lab(info)
-    return lambda vcpu_id: _boot_processor(info, vcpu_id)
+    region = lab(info)
+
+    def program(vcpu_id: int) -> Program:
+        if vcpu_id:
+            return processors.application_processor(info, vcpu_id, region)
+        return _boot_processor(info, vcpu_id)
+
+    return program
 
 
 def _boot_processor(info: BootInfo, vcpu_id: int) -> Program:
@@ -49,6 +55,9 @@ def _boot_processor(info: BootInfo, vcpu_id: int) -> Program:
     accepted = yield from _accept(vcpu)
     yield from _patterns(vcpu, accepted)
     yield from _experiments(vcpu)
+    if info.vcpus > 1:
+        count = yield from processors.start_and_stop(vcpu, lab(info))
+        yield from vcpu.console.line(f"started and stopped {count} more vCPUs")
     yield from vcpu.console.line("done")
     yield from terminate(TermSet.SOFTCVM, Check.PASSED)
 

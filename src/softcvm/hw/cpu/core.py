@@ -22,6 +22,10 @@ from softcvm.sim.steps import Steps
 __all__ = ("Core", "GuestCpu", "VmExitRaised")
 
 
+_NESTED_WALK = int(PfErr.USER | PfErr.GUEST_FINAL)
+_WRITE, _FETCH, _GUEST_ENC = int(PfErr.WRITE), int(PfErr.FETCH), int(PfErr.GUEST_ENC)
+
+
 class Core(Protocol):
     """A processor that can run one vCPU."""
 
@@ -52,6 +56,7 @@ class GuestCpu:
         assert key is not None, "an ASID is runnable only while it has a key"
         self.key: Key = key
         vmsa = Vmsa(soc.dram.read(self.vmsa_pa, PAGE_SIZE, key))
+        self.vmsa = vmsa
         self.vmpl = vmsa.vmpl
         self.sev_features = vmsa.sev_features
         soc.rmp.in_use.add(self.vmsa_pa >> PAGE_SHIFT)
@@ -134,7 +139,7 @@ class GuestCpu:
         where = walk(
             self.soc, self.npt, self.asid, gpa >> PAGE_SHIFT, npages, error_code, offset
         )
-        write = bool(error_code & PfErr.WRITE)
+        write = bool(error_code & _WRITE)
         if c:
             needs = VmplPerm.WRITE if write else VmplPerm.READ
             npages = self._private(where, error_code, offset, needs)
@@ -164,11 +169,11 @@ def npf(fault: NptFault) -> NoReturn:
 
 def _error_code(c: bool, *, write: bool = False, fetch: bool = False) -> int:
     """What an access contributes to EXITINFO1; nested walks are always user accesses."""
-    code = PfErr.USER | PfErr.GUEST_FINAL
+    code = _NESTED_WALK
     if write:
-        code |= PfErr.WRITE
+        code |= _WRITE
     if fetch:
-        code |= PfErr.FETCH
+        code |= _FETCH
     if c:
-        code |= PfErr.GUEST_ENC
-    return int(code)
+        code |= _GUEST_ENC
+    return code

@@ -2,10 +2,13 @@
 
 Owns where the script stands: the operation under way, how much of it is done, and everything the guest
 has seen.  That record makes the core copyable: a copy feeds it to a fresh generator.
+
+Where a processor stands is part of its VMSA.  A script therefore belongs to a VMSA page: given another page,
+or the same one rewritten by the guest, the core starts a script anew; given a page back, it goes on there.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from softcvm.abi.insn import (
     Cpuid,
@@ -18,6 +21,7 @@ from softcvm.abi.insn import (
     Rdmsr,
     Rmpadjust,
     Rmpquery,
+    StartState,
     Store,
     Touch,
     Vmgexit,
@@ -35,14 +39,26 @@ from softcvm.sim.steps import Point, Steps
 
 __all__ = ("ScriptedCore",)
 
+_INSTRUCTION = Point("guest instruction")
 _RUNNING = object()
 """An operation is not finished; its result is not known."""
+
+
+class _Stand(NamedTuple):
+    """Where the script of another VMSA was left; `vmsa` is that page's contents."""
+
+    vmsa: bytes
+    seen: list[Any]
+    op: GuestOp | None
+    done: int
+    loaded: bytearray
+    waits: bool
 
 
 class ScriptedCore(State):
     """Runs make_program() on one vCPU.  When the script returns, the vCPU executes HLT for ever."""
 
-    saved = ("seen", "op", "done", "loaded", "waits")
+    saved = ("vmsa", "seen", "op", "done", "loaded", "waits", "others")
     derived = {
         "soc": "the machine it belongs to",
         "make_program": "the script, given from outside",
@@ -52,6 +68,10 @@ class ScriptedCore(State):
     def __init__(self, soc: Soc, make_program: Callable[[], Program]) -> None:
         self.soc = soc
         self.make_program = make_program
+        self.vmsa: tuple[int, bytes] | None = None
+        """sPA and contents of the VMSA that the script under way belongs to."""
+        self.others: dict[int, _Stand] = {}
+        """Scripts of other VMSA pages, by sPA."""
         self.seen: list[Any] = []
         """Result of, or GuestException raised at, every finished operation."""
         self.op: GuestOp | None = None
@@ -68,13 +88,14 @@ class ScriptedCore(State):
         except VmExitRaised as refused:
             record_exit(self.soc, vmcb, refused.code, refused.info_1, refused.info_2)
             return
+        self._choose_script(cpu.vmsa_pa, bytes(cpu.vmsa.data))
         if self.waits:
             self._finish(vmcb.ghcb_gpa if isinstance(self.op, Vmgexit) else None)
         try:
             while True:
                 if self.op is None:
                     self.op = self._next()
-                yield Point("guest instruction")
+                yield _INSTRUCTION
                 if vmcb.intr:
                     cpu.leave(vmcb, ExitCode.INTR)
                     return
@@ -89,6 +110,21 @@ class ScriptedCore(State):
         except VmExitRaised as left:
             self.waits = True
             cpu.leave(vmcb, left.code, left.info_1, left.info_2)
+
+    def _choose_script(self, spa: int, contents: bytes) -> None:
+        """The script of this VMSA."""
+        now = (spa, contents)
+        if self.vmsa == now:
+            return
+        if self.vmsa is not None:
+            stand = _Stand(self.vmsa[1], self.seen, self.op, self.done, self.loaded, self.waits)
+            self.others[self.vmsa[0]] = stand
+            known = self.others.pop(spa, None)
+            if known is None or known.vmsa != contents:
+                known = _Stand(contents, [], None, 0, bytearray(), False)
+            _, self.seen, self.op, self.done, self.loaded, self.waits = known
+            self._program = None
+        self.vmsa = now
 
     def _next(self) -> GuestOp:
         """The script's next operation, after what it has seen so far."""
@@ -147,6 +183,8 @@ class ScriptedCore(State):
                 if op.msr == Msr.SEV_STATUS:
                     return int(SevStatus.SEV | SevStatus.SEV_ES) | cpu.sev_features << 2
                 raise GuestException(Vector.VC, ExitCode.MSR)
+            case StartState():
+                return cpu.vmsa
             case Cpuid():
                 raise GuestException(Vector.VC, ExitCode.CPUID)
             case Vmgexit():
@@ -159,6 +197,8 @@ class ScriptedCore(State):
 
         other = ScriptedCore(deepcopy(self.soc, memo), self.make_program)
         memo[id(self)] = other
+        other.vmsa = self.vmsa
+        other.others = deepcopy(self.others, memo)
         other.seen = list(self.seen)
         other.op, other.done, other.waits = self.op, self.done, self.waits
         other.loaded = bytearray(self.loaded)

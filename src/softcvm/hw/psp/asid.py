@@ -1,16 +1,16 @@
 """ASIDs: which are taken, which may run, and which still have lines in a cache somewhere.
 
-[ABI-56860 r1.58 SNP_ACTIVATE, SNP_DF_FLUSH, SNP_DECOMMISSION; ASPFW].  Per ASID one mask of
+[ABI-56860 r1.58 SNP_ACTIVATE, SNP_DF_FLUSH, SNP_DECOMMISSION; SEV-API-55766; ASPFW].  Per ASID one mask of
 core complexes (CCX) each for allocated (activated, not yet launched), in use (launched) and
 dirty; what is in none of them is clean.
 
   allocate   ACTIVATE               clean -> allocated
   use        LAUNCH_FINISH          allocated -> in use
-  release    DECOMMISSION           allocated -> clean, in use -> dirty
+  release    DECOMMISSION, legacy DEACTIVATE    allocated -> clean, in use -> dirty
   flush      DF_FLUSH               dirty -> clean on every CCX whose cores all did WBINVD
   all_dirty  SNP_INIT               everything -> dirty
 
-WBINVD itself is hw/caches.py; ASIDs of legacy SEV guests are not modelled.
+WBINVD itself is hw/caches.py.
 """
 
 from softcvm.hw.caches import Caches

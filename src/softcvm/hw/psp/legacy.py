@@ -1,8 +1,8 @@
-"""Legacy SEV commands of a host with SNP guests: INIT, INIT_EX, SHUTDOWN, PLATFORM_STATUS.
+"""Legacy SEV's platform commands: INIT, INIT_EX, SHUTDOWN, PLATFORM_STATUS.
 
-[SEV-API-55766 r3.24; ASPFW].  Owns the legacy platform state and the trusted memory region.
-Legacy guests, certificates and the platform's persistent data are not modelled: a command that
-needs them is Unmodelled.
+[SEV-API-55766 r3.24; ASPFW].  Owns the legacy platform state and the trusted memory region;
+legacy guests are sev_guest.py.  Certificates and the platform's persistent data are not
+modelled: a command that needs them is Unmodelled.
 """
 
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from softcvm.abi.snp_platform import (
     SevPlatformStatus,
 )
 from softcvm.hw.psp.operands import check_range, reserved_bits_set
+from softcvm.hw.psp.sev_guest import sev_release_guests
 from softcvm.sim.addr import PAGE_SHIFT
 from softcvm.sim.errors import Unmodelled
 
@@ -45,7 +46,7 @@ def _init(psp: "Psp", cmd: SevInit | SevInitEx) -> SnpStatus:
         return SnpStatus.INVALID_PLATFORM_STATE
     # PARAMETERS
     es = bool(cmd.flags & SevInitFlags.ES)
-    if reserved_bits_set(cmd) or cmd.flags & ~SevInitFlags.ES:
+    if reserved_bits_set(cmd) or cmd.flags & ~int(SevInitFlags.ES):
         return SnpStatus.INVALID_CONFIG
     start, length = cmd.tmr_address & ~psp.c_bit, cmd.tmr_len
     if es and (length < SEV_TMR_SIZE or (start | length) % SEV_TMR_SIZE):
@@ -70,7 +71,8 @@ def _init(psp: "Psp", cmd: SevInit | SevInitEx) -> SnpStatus:
 
 
 def sev_shutdown(psp: "Psp", _: None) -> SnpStatus:
-    """Back to UNINIT from any state; the trusted region is the host's again."""
+    """Back to UNINIT from any state, without guests; the trusted region is the host's again."""
+    sev_release_guests(psp)
     psp.sev_state = PlatformState.UNINIT
     psp.sev_es = False
     psp.tmr = None
@@ -85,6 +87,7 @@ def sev_platform_status(psp: "Psp", status: SevPlatformStatus) -> SnpStatus:
     status.build = profile.build
     status.state = psp.sev_state
     status.flags = _CONFIG_ES if psp.sev_es else 0
+    status.guest_count = len(psp.sev_guests)
     return SnpStatus.SUCCESS
 
 

@@ -1,8 +1,8 @@
 """The AMD-SP as the host sees it: one command at a time, one status back.
 
 Owns the platform's state and the table of commands.  Starting and stopping is init.py, status
-and configuration status.py, legacy SEV as far as SNP needs it legacy.py, guests the other
-files.
+and configuration status.py, the same of legacy SEV legacy.py, its guests sev_guest.py, SNP's the
+other files.
 
 A command's buffer comes as a Layout, not as memory: the model does not say where it lies unless
 the caller does.  With `paddr`, the rule for buffers that firmware writes back to holds once SNP
@@ -14,6 +14,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from softcvm.abi.layout import Layout
 from softcvm.abi.rmp import PageState
+from softcvm.abi.sev_firmware import (
+    SevActivate,
+    SevDbg,
+    SevDeactivate,
+    SevDecommission,
+    SevGuestStatus,
+    SevLaunchFinish,
+    SevLaunchMeasure,
+    SevLaunchSecret,
+    SevLaunchStart,
+    SevLaunchUpdateData,
+    SevLaunchUpdateVmsa,
+)
 from softcvm.abi.snp_firmware import (
     SevCmd,
     SnpActivate,
@@ -57,6 +70,9 @@ from softcvm.hw.psp import (
     legacy,
     page_move,
     reclaim,
+    sev_debug,
+    sev_guest,
+    sev_launch,
     status,
     swap,
 )
@@ -88,6 +104,18 @@ _COMMANDS: Final[dict[SnpCmd | SevCmd, tuple[type[Layout] | None, _Run]]] = {
     SevCmd.SHUTDOWN: (None, legacy.sev_shutdown),
     SevCmd.PLATFORM_STATUS: (SevPlatformStatus, legacy.sev_platform_status),
     SevCmd.DF_FLUSH: (None, init.snp_df_flush),
+    SevCmd.ACTIVATE: (SevActivate, sev_guest.sev_activate),
+    SevCmd.DEACTIVATE: (SevDeactivate, sev_guest.sev_deactivate),
+    SevCmd.DECOMMISSION: (SevDecommission, sev_guest.sev_decommission),
+    SevCmd.GUEST_STATUS: (SevGuestStatus, sev_guest.sev_guest_status),
+    SevCmd.LAUNCH_START: (SevLaunchStart, sev_launch.sev_launch_start),
+    SevCmd.LAUNCH_UPDATE_DATA: (SevLaunchUpdateData, sev_launch.sev_launch_update_data),
+    SevCmd.LAUNCH_UPDATE_VMSA: (SevLaunchUpdateVmsa, sev_launch.sev_launch_update_vmsa),
+    SevCmd.LAUNCH_MEASURE: (SevLaunchMeasure, sev_launch.sev_launch_measure),
+    SevCmd.LAUNCH_SECRET: (SevLaunchSecret, sev_launch.sev_launch_secret),
+    SevCmd.LAUNCH_FINISH: (SevLaunchFinish, sev_launch.sev_launch_finish),
+    SevCmd.DBG_DECRYPT: (SevDbg, sev_debug.sev_dbg_decrypt),
+    SevCmd.DBG_ENCRYPT: (SevDbg, sev_debug.sev_dbg_encrypt),
     SnpCmd.INIT: (None, init.snp_init),
     SnpCmd.INIT_EX: (SnpInitEx, init.snp_init_ex),
     SnpCmd.SHUTDOWN: (None, init.snp_shutdown),
@@ -118,7 +146,14 @@ _COMMANDS: Final[dict[SnpCmd | SevCmd, tuple[type[Layout] | None, _Run]]] = {
 
 _BY_ID: Final[dict[int, SnpCmd | SevCmd]] = {cmd: cmd for cmd in (*SevCmd, *SnpCmd)}
 
-_WRITES_BACK: Final = frozenset({SevCmd.PLATFORM_STATUS})
+_WRITES_BACK: Final = frozenset(
+    {
+        SevCmd.PLATFORM_STATUS,
+        SevCmd.GUEST_STATUS,
+        SevCmd.LAUNCH_START,
+        SevCmd.LAUNCH_MEASURE,
+    }
+)
 """Modelled commands whose result goes into the command buffer itself."""
 
 
@@ -130,6 +165,7 @@ class Psp(State):
         "trng",
         "sev_state",
         "sev_es",
+        "sev_guests",
         "snp_state",
         "rmp_initialized",
         "rmp_tcb",
@@ -154,6 +190,8 @@ class Psp(State):
         self.trng = Trng(self.chip.trng_seed())
         self.sev_state = PlatformState.UNINIT
         self.sev_es = False
+        self.sev_guests: dict[int, sev_guest.SevGuest] = {}
+        """Legacy guests by handle."""
         self.snp_state = PlatformState.UNINIT
         self.rmp_initialized = False
         self.rmp_tcb = b""
@@ -190,13 +228,19 @@ class Psp(State):
         try:
             if paddr is not None and known in _WRITES_BACK and buffer is not None:
                 self._check_buffer(paddr, buffer.SIZE)
-            result = run(self, buffer)
+            result = self._run(run, buffer)
             if paddr is not None and known in _WRITES_BACK:
                 self._reclaim_buffer(paddr)
         except Refused as refused:
             result = refused.status
         name = known.name if isinstance(known, SevCmd) else f"SNP_{known.name}"
         return self._done(name, buffer, result)
+
+    def _run(self, run: _Run, buffer: Layout | None) -> SnpStatus:
+        try:
+            return run(self, buffer)
+        except Refused as refused:
+            return refused.status
 
     def gctx(self, paddr: int) -> Gctx:
         """A guest's context as it is now, for whoever looks at the machine from outside."""

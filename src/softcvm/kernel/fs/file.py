@@ -95,6 +95,8 @@ class TaskWork(State):
     @property
     def pending(self) -> bool:
         """Whether the running task has something to release."""
+        if not self._pending:
+            return False
         return any(task is self._lockdep.current for task, _ in self._pending)
 
     def run(self) -> Steps[None]:

@@ -13,7 +13,7 @@ from errno import EFAULT, ENOMEM
 from typing import NamedTuple
 
 from softcvm.kernel.errors import KernelError, Unmodelled
-from softcvm.kernel.mm.mmap import PROT_READ, PROT_WRITE, MmStruct, Vma
+from softcvm.kernel.mm.mmap import PROT_READ, PROT_WRITE, MmStruct, Vma, VmOps
 from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, Pfn
 from softcvm.sim.steps import Steps
 
@@ -50,7 +50,10 @@ def load(mm: MmStruct, addr: int, length: int) -> Steps[bytes]:
             continue
         first, last = start >> PAGE_SHIFT, (stop + PAGE_MASK) >> PAGE_SHIFT
         if vma.ops is not None:
-            yield from _handle_fault(mm, vma, first, last)
+            try:
+                yield from _handle_fault(mm, vma, first, last)
+            except BadAccess as bad:
+                raise BadAccess(bad.signo, max(bad.addr, start), bad.why) from bad
         for lo, hi, delta in mm.pages.runs(first, last):
             at, end = max(lo << PAGE_SHIFT, start), min(hi << PAGE_SHIFT, stop)
             if delta is not None:
@@ -76,12 +79,18 @@ def store(mm: MmStruct, addr: int, data: bytes) -> Steps[None]:
             page[offset : offset + stop - start] = data[start - addr : stop - addr]
             continue
         first, last = start >> PAGE_SHIFT, (stop + PAGE_MASK) >> PAGE_SHIFT
-        yield from _handle_fault(mm, vma, first, last)
+        refused = None
+        try:
+            yield from _handle_fault(mm, vma, first, last)
+        except BadAccess as bad:
+            refused, last = bad, bad.addr >> PAGE_SHIFT
         for lo, hi, delta in mm.pages.runs(first, last):
             if delta is None:
                 raise BadAccess(SIGBUS, lo << PAGE_SHIFT, "the page went away")
             at, end = max(lo << PAGE_SHIFT, start), min(hi << PAGE_SHIFT, stop)
             mm.linux.soc.host_write(at + (delta << PAGE_SHIFT), data[at - addr : end - addr])
+        if refused is not None:
+            raise BadAccess(refused.signo, max(refused.addr, start), refused.why)
 
 
 def get_user_pages(
@@ -151,19 +160,45 @@ def _fault_in(mm: MmStruct, vma: Vma, first: int, last: int) -> Steps[None]:
     yield from mm.mmap_lock.acquire_read()
     try:
         for lo, hi, delta in mm.pages.runs(first, last):
-            if delta is not None:
-                continue
-            if mm.linux.tp.emit:
-                mm.linux.tp.emit(UserPageFault(lo << PAGE_SHIFT, hi - lo))
-            if vma.ops is None:
-                runs = mm.linux.page_alloc.alloc_run(hi - lo)
-                for pfn, npages in runs:
-                    mm.linux.page_alloc.clear_pages(pfn, npages)
-            else:
-                runs = yield from vma.ops.fault(lo - vma.start + vma.pgoff, hi - lo)
-            page = lo
-            for pfn, npages in runs:
-                mm.pages.set(page, page + npages, pfn - page)
-                page += npages
+            while delta is None and lo < hi:
+                found = _still_mapped(mm, vma, lo)
+                stop = min(hi, found.end)
+                yield from _fault_in_vma(mm, found, lo, stop)
+                lo = stop
     finally:
         mm.mmap_lock.release_read()
+
+
+def _still_mapped(mm: MmStruct, vma: Vma, page: int) -> Vma:
+    """What is mapped at a page now that mmap_lock is held: it may have gone while that was waited for."""
+    found = mm.find_vma(page)
+    if found is None or found.prot != vma.prot:
+        raise BadAccess(SIGSEGV, page << PAGE_SHIFT, "the mapping went away")
+    return found
+
+
+def _fault_in_vma(mm: MmStruct, vma: Vma, first: int, last: int) -> Steps[None]:
+    if mm.linux.tp.emit:
+        mm.linux.tp.emit(UserPageFault(first << PAGE_SHIFT, last - first))
+    if vma.ops is not None:
+        yield from _fault_in_file(mm, vma, vma.ops, first, last)
+        return
+    page = first
+    for pfn, npages in mm.linux.page_alloc.alloc_run(last - first):
+        mm.linux.page_alloc.clear_pages(pfn, npages)
+        mm.pages.set(page, page + npages, pfn - page)
+        page += npages
+
+
+def _fault_in_file(mm: MmStruct, vma: Vma, ops: VmOps, first: int, last: int) -> Steps[None]:
+    """The pages before a bad one are present when BadAccess names it, by its user address."""
+    page = first
+    while page < last:
+        try:
+            runs = yield from ops.fault(page - vma.start + vma.pgoff, last - page)
+        except BadAccess as bad:
+            at = bad.addr - (vma.pgoff - vma.start << PAGE_SHIFT)
+            raise BadAccess(bad.signo, at, bad.why) from bad
+        for pfn, npages in runs:
+            mm.pages.set(page, page + npages, pfn - page)
+            page += npages

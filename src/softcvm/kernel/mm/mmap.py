@@ -8,16 +8,16 @@ Lock: mmap_lock; faults take it for read, mmap() and munmap() for write.
 """
 
 from bisect import bisect_right
-from errno import EEXIST, EINVAL, ENODEV, ENOMEM, EOVERFLOW
+from errno import EEXIST, EINVAL, ENODEV, ENOMEM, EOPNOTSUPP, EOVERFLOW, EPERM
 from typing import TYPE_CHECKING, Protocol
 
 from softcvm.kernel.errors import KernelError, Unmodelled
-from softcvm.kernel.fs.file import File, fput
+from softcvm.kernel.fs.file import File, FileKind, fput
 from softcvm.kernel.locks import Rank
-from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, PTRS_PER_PMD, Hva, Pfn
+from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTRS_PER_PMD, Hva, Pfn
 from softcvm.sim.rangemap import RangeMap
 from softcvm.sim.state import State
-from softcvm.sim.steps import RwSem, Steps
+from softcvm.sim.steps import RwSem, Steps, preempt
 
 if TYPE_CHECKING:
     from softcvm.kernel.host import Linux
@@ -41,6 +41,10 @@ PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
 MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE = 1, 2, 3
 MAP_TYPE, MAP_FIXED, MAP_ANONYMOUS = 0xF, 0x10, 0x20
 MAP_FIXED_NOREPLACE = 0x100000
+MAP_DROPPABLE = 8
+_LEGACY_MAP_MASK = 0x7C07_F9F3
+"""What MAP_SHARED_VALIDATE allows: every flag older than itself."""
+_MAX_LFS_FILESIZE, _ULONG_MAX = (1 << 63) - 1, (1 << 64) - 1
 MADV_DONTNEED = 4
 _MADV_VALID = frozenset({*range(5), *range(8, 26), 100, 101})
 
@@ -53,7 +57,8 @@ class VmOps(Protocol):
     """What a mapped file answers (struct vm_operations_struct)."""
 
     def may_map(self, pgoff: int, npages: int, prot: int, flags: int) -> None:
-        """f_op->mmap: refuse with a KernelError.  May be larger than the file."""
+        """f_op->mmap: refuse with a KernelError, when what MAP_FIXED replaces is gone already.
+        May be larger than the file."""
         ...
 
     def memory(self, pgoff: int) -> bytearray | None:
@@ -62,8 +67,8 @@ class VmOps(Protocol):
         ...
 
     def fault(self, pgoff: int, npages: int) -> "Steps[list[tuple[Pfn, int]]]":
-        """The frames of pages, allocated if need be, as runs in order.  BadAccess with
-        SIGBUS."""
+        """The frames of pages, allocated if need be, as runs in order: at least the first, up
+        to the first bad one.  BadAccess with SIGBUS and the offset in the file."""
         ...
 
     def mapped(self, mm: "MmStruct", vma: "Vma") -> None:
@@ -119,6 +124,7 @@ class MmStruct(State):
         "linux": "the host",
         "mmap_lock": "free at quiescent points",
         "notifiers": "each VM names its mm",
+        "_zaps": "0 at quiescent points",
         "_starts": "first pages of vmas",
     }
 
@@ -130,6 +136,8 @@ class MmStruct(State):
         self.pages: RangeMap[int | None] = RangeMap(None)
         """Present entries: virtual page -> pfn - virtual page."""
         self.notifiers: list[MmuNotifier] = []
+        self._zaps = 0
+        """Invalidations between their start and end."""
 
     # System calls
 
@@ -143,32 +151,28 @@ class MmStruct(State):
         offset: int = 0,
         addr: int = 0,
     ) -> Steps[Hva]:
-        """mmap(2); EINVAL, ENOMEM, EOVERFLOW, ENODEV and what the file answers, in the kernel's
-        order."""
+        """mmap(2), do_mmap(): EINVAL, ENOMEM, EEXIST, what _check_file() refuses and what the
+        file answers, in the kernel's order."""
         if length == 0:
             raise KernelError(EINVAL, "length is 0")
         npages = (length + PAGE_MASK) >> PAGE_SHIFT
         if npages > _TASK_SIZE_PAGES:
             raise KernelError(ENOMEM, "length exceeds the address space")
-        if offset & PAGE_MASK:
-            raise KernelError(EINVAL, "offset is not page aligned")
-        if (offset >> PAGE_SHIFT) + npages > 1 << 52:
-            raise KernelError(EOVERFLOW, "offset + length overflows")
         dropped: list[File] = []
         yield from self.mmap_lock.acquire_write()
         try:
             start = self._unmapped_area(npages, flags, addr, anonymous=file is None)
             kind = flags & MAP_TYPE
-            if kind not in (MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE):
-                raise KernelError(EINVAL, "neither MAP_SHARED nor MAP_PRIVATE")
-            shared = kind != MAP_PRIVATE
-            pgoff = offset >> PAGE_SHIFT
+            shared = kind in (MAP_SHARED, MAP_SHARED_VALIDATE)
+            pgoff = (offset & _ULONG_MAX) >> PAGE_SHIFT
             if file is not None:
-                if ops is None:
-                    raise KernelError(ENODEV, f"a {file.kind.value} file cannot be mapped")
-                ops.may_map(pgoff, npages, prot, flags)
+                self._check_file(file, ops, pgoff, npages, prot, flags)
+            elif kind not in (MAP_SHARED, MAP_PRIVATE, MAP_DROPPABLE):
+                raise KernelError(EINVAL, f"anonymous memory of type {kind}")
             if flags & MAP_FIXED:
                 dropped = yield from self._unmap(start, start + npages)
+            if ops is not None:
+                ops.may_map(pgoff, npages, prot, flags)
             vma = Vma(
                 start, start + npages, prot, shared=shared, file=file, ops=ops, pgoff=pgoff
             )
@@ -178,9 +182,36 @@ class MmStruct(State):
             self._insert(vma)
         finally:
             self.mmap_lock.release_write()
-        for old in dropped:
-            yield from fput(old)
+            for old in dropped:
+                self.linux.task_work.fput(old)
         return Hva(start << PAGE_SHIFT)
+
+    def _check_file(
+        self, file: File, ops: VmOps | None, pgoff: int, npages: int, prot: int, flags: int
+    ) -> None:
+        """What do_mmap() asks of a file while the address space is still as it was.  EOVERFLOW,
+        EOPNOTSUPP, EINVAL, EPERM, ENODEV."""
+        regular = file.kind is FileKind.GUEST_MEMFD
+        size_max = _MAX_LFS_FILESIZE if regular else _ULONG_MAX
+        if pgoff > size_max - (npages << PAGE_SHIFT) >> PAGE_SHIFT:
+            raise KernelError(EOVERFLOW, f"page {pgoff:#x} + {npages:#x} of a file")
+        kind = flags & MAP_TYPE
+        if kind == MAP_SHARED_VALIDATE and flags & ~_LEGACY_MAP_MASK:
+            raise KernelError(EOPNOTSUPP, f"MAP_SHARED_VALIDATE with flags {flags:#x}")
+        if kind not in (MAP_SHARED, MAP_PRIVATE, MAP_SHARED_VALIDATE):
+            raise KernelError(EINVAL, f"mapping of type {kind}")
+        if prot & PROT_EXEC and self._noexec(file):
+            raise KernelError(EPERM, f"a {file.kind.value} file is noexec")
+        if ops is None:
+            raise KernelError(ENODEV, f"a {file.kind.value} file cannot be mapped")
+
+    def _noexec(self, file: File) -> bool:
+        """path_noexec(); device nodes are on a file system that is not."""
+        if file.kind is FileKind.GUEST_MEMFD:
+            return self.linux.profile.gmem_mmap
+        if file.kind in (FileKind.VM, FileKind.VCPU):
+            return self.linux.profile.anon_inode_noexec
+        return False
 
     def munmap(self, addr: Hva, length: int) -> Steps[None]:
         """munmap(2).  EINVAL."""
@@ -201,7 +232,7 @@ class MmStruct(State):
         after the rest."""
         if advice not in _MADV_VALID:
             raise KernelError(EINVAL, f"advice {advice}")
-        if addr & PAGE_MASK or addr + length >= 1 << 64:
+        if addr & PAGE_MASK or (addr + length > (1 << 64) - PAGE_SIZE and length):
             raise KernelError(EINVAL, f"range {addr:#x} + {length:#x}")
         if advice != MADV_DONTNEED:
             raise Unmodelled(f"madvise({advice})")
@@ -238,6 +269,18 @@ class MmStruct(State):
         if lo < hi and self.pages.held(lo, hi):
             yield from self._zap(lo, hi)
 
+    def mmu_notifier_register(self, notifier: MmuNotifier) -> Steps[None]:
+        """Tell it of every removal from now on; never between the start and end of one.
+
+        Linux takes mmap_lock and every lock below it that a removal can hold
+        (mm_take_all_locks(), mm/mmap.c), so it waits for truncations of mapped files too.
+        """
+        yield from self.mmap_lock.acquire_write()
+        while self._zaps:
+            yield from preempt("mm_take_all_locks")
+        self.notifiers.append(notifier)
+        self.mmap_lock.release_write()
+
     # Lookups
 
     def find_vma(self, page: int) -> Vma | None:
@@ -268,10 +311,10 @@ class MmStruct(State):
         aligned (v6.7)."""
         if flags & (MAP_FIXED | MAP_FIXED_NOREPLACE):
             first = addr >> PAGE_SHIFT
+            if addr > _TASK_SIZE_PAGES - npages << PAGE_SHIFT or first < _MMAP_MIN:
+                raise KernelError(ENOMEM, "MAP_FIXED range is outside the address space")
             if addr & PAGE_MASK:
                 raise KernelError(EINVAL, "MAP_FIXED address is not page aligned")
-            if first < _MMAP_MIN or first + npages > _TASK_SIZE_PAGES:
-                raise KernelError(ENOMEM, "MAP_FIXED range is outside the address space")
             if flags & MAP_FIXED_NOREPLACE and self._overlapping(first, first + npages):
                 raise KernelError(EEXIST, "MAP_FIXED_NOREPLACE range is mapped")
             return first
@@ -330,11 +373,16 @@ class MmStruct(State):
     def _zap(self, lo: int, hi: int, *, owned: bool = False) -> Steps[None]:
         """Remove entries between a notifier's start and end; anonymous pages are freed."""
         start, end = Hva(lo << PAGE_SHIFT), Hva(hi << PAGE_SHIFT)
-        for notifier in self.notifiers:
-            yield from notifier.invalidate_range_start(start, end)
+        self._zaps += 1
+        told = list(self.notifiers)
+        for notifier in told:
+            if notifier in self.notifiers:  # unregistered while another was told
+                yield from notifier.invalidate_range_start(start, end)
         for first, last, delta in self.pages.held(lo, hi):
             if owned and delta is not None:
                 self.linux.page_alloc.free_run(first + delta, last - first)
         self.pages.set(lo, hi, None)
-        for notifier in self.notifiers:
-            yield from notifier.invalidate_range_end(start, end)
+        for notifier in told:
+            if notifier in self.notifiers:
+                yield from notifier.invalidate_range_end(start, end)
+        self._zaps -= 1

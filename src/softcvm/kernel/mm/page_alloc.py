@@ -55,6 +55,7 @@ class PageAllocator(State):
     saved = ("frames", "refs", "waiting")
     derived = {
         "_linux": "the host",
+        "reserved": "constant after boot",
         "_lowest": "search hint: no frame below it is free",
         "_lowest_huge": "search hint: no 2M run below it is free",
     }
@@ -66,13 +67,18 @@ class PageAllocator(State):
         """Runs [start, end) held by get_pages(), in the order they were taken."""
         self.waiting: RangeMap[bool] = RangeMap(False, pages)
         """Frames whose owner is gone and that wait for the last reference."""
+        self.reserved: list[tuple[int, int]] = []
+        """Runs [start, end) that reserve() took out."""
         self._lowest = 1
         self._lowest_huge = 0
-        self.frames.set(0, 1, ALLOCATED)
+        self.reserve(0, 1)
 
     def reserve(self, pfn: int, npages: int) -> None:
         """Take frames out at boot (e820: firmware, the RMP).  They count as allocated."""
-        self.frames.set(pfn, pfn + npages, ALLOCATED)
+        for start, end, state in self.frames.runs(pfn, pfn + npages):
+            if state == FREE:
+                self.frames.set(start, end, ALLOCATED)
+                self.reserved.append((start, end))
 
     @property
     def free_pages(self) -> int:
@@ -110,10 +116,14 @@ class PageAllocator(State):
         """Free runs, how many pages they have together, and where the search ended."""
         if self._linux.choices.choose("alloc_pages", 2):
             raise KernelError(ENOMEM, f"no free page of order {order} (injected)")
+        page = self._lowest
+        if not order:
+            start, end, state = self.frames.run(page)
+            if state == FREE and page + npages <= end:  # the first free run has them all
+                return [(Pfn(page), npages)], npages, page + npages
         size = 1 << order
         runs: list[tuple[Pfn, int]] = []
         found = 0
-        page = self._lowest
         if order >= _PMD_ORDER:
             page = max(page, self._lowest_huge)
         limit = self.frames.limit
@@ -147,8 +157,8 @@ class PageAllocator(State):
         ValueError for frames that are free already.
         """
         end = pfn + npages
-        if not self.frames.uniform(pfn, end) or self.frames[pfn] != ALLOCATED:
-            runs = self.frames.runs(pfn, end)
+        runs = self.frames.runs(pfn, end)
+        if len(runs) != 1 or runs[0][2] != ALLOCATED:
             if any(state == FREE for _, _, state in runs):
                 raise ValueError(
                     f"free of pfn {pfn:#x} x {npages:#x}: part of it is free already"
@@ -156,6 +166,9 @@ class PageAllocator(State):
             for start, stop, state in runs:
                 if state == ALLOCATED:
                     self.free_run(start, stop - start)
+            return
+        if not self.refs:
+            self._give(pfn, npages)
             return
         for start, stop, held in self._held(pfn, end):
             if held:
@@ -171,8 +184,6 @@ class PageAllocator(State):
         """Put what get_pages() of the same run took."""
         end = pfn + npages
         self.refs.remove((pfn, end))
-        if self.waiting.uniform(pfn, end) and not self.waiting[pfn]:
-            return
         for start, stop, _ in self.waiting.held(pfn, end):
             for lo, hi, held in self._held(start, stop):
                 if not held:

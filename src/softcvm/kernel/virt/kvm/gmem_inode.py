@@ -120,7 +120,8 @@ class GmemInode(State):
         self.i_mmap: list[tuple[MmStruct, Vma]] = []
         rank = invalidate_lock_rank(linux.profile)
         self.invalidate_lock = RwSem(linux.lockdep, "gmem invalidate_lock", rank)
-        self._locked: list[tuple[int, int, Mutex]] = []
+        self._locked: dict[tuple[int, int], Mutex] = {}
+        linux.gmem_inodes.append(self)
 
     @property
     def npages(self) -> int:
@@ -133,18 +134,19 @@ class GmemInode(State):
             start &= ~(PTRS_PER_PMD - 1)
             end = -(-end // PTRS_PER_PMD) * PTRS_PER_PMD
         lock = Mutex(self.linux.lockdep, f"folio lock {start:#x}", Rank.FOLIO_LOCK)
-        while (held := self._lock_over(start, end)) is not None:
+        while self._locked and (held := self._lock_over(start, end)) is not None:
             yield Point(f"wait {held.name}", held)
-        self._locked.append((start, end, lock))
+        locked = start, end
+        self._locked[locked] = lock
         yield from lock.acquire()
-        return start, end
+        return locked
 
     def unlock_folios(self, locked: tuple[int, int]) -> None:
-        i = next(i for i, (*held, _) in enumerate(self._locked) if tuple(held) == locked)
-        self._locked.pop(i)[2].release()
+        self._locked.pop(locked).release()
 
     def _lock_over(self, start: int, end: int) -> Mutex | None:
-        return next((lock for s, e, lock in self._locked if s < end and start < e), None)
+        over = (lock for (s, e), lock in self._locked.items() if s < end and start < e)
+        return next(over, None)
 
 
 class GmemFile(State):
@@ -158,13 +160,17 @@ class GmemFile(State):
     def __init__(self, inode: GmemInode, kvm: "Kvm") -> None:
         self.inode = inode
         self.kvm = kvm
-        self.bindings: RangeMap[int | None] = RangeMap(None, inode.npages)
+        self.bindings: RangeMap[int | None] = RangeMap(None)
         """index -> key of the memslot bound to it."""
         self.slots: dict[int, KvmMemorySlot] = {}
 
     def bound(self, start: int, end: int) -> "list[KvmMemorySlot]":
         """The memslots bound to any index in [start, end), in order."""
-        keys = dict.fromkeys(key for _, _, key in self.bindings.held(start, end))
+        runs = self.bindings.runs(start, end)
+        if len(runs) == 1:
+            key = runs[0][2]
+            return [self.slots[key]] if key is not None else []
+        keys = dict.fromkeys(key for _, _, key in runs)
         return [self.slots[key] for key in keys if key is not None]
 
 
@@ -262,8 +268,9 @@ def truncate_inode_pages_range(inode: GmemInode, start: int, end: int) -> Steps[
     invalidated.
     """
     linux = inode.linux
-    _split_huge(inode, start)
-    _split_huge(inode, end)
+    if linux.profile.gmem_max_order:
+        _split_huge(inode, start)
+        _split_huge(inode, end)
     for first, last, folio in inode.folios.held(start, end):
         if folio is None:
             continue
@@ -324,7 +331,8 @@ def kvm_gmem_invalidate_end(inode: GmemInode, start: int, end: int) -> Steps[Non
 
 
 def kvm_gmem_invalidate_end_file(gmem: GmemFile, start: int, end: int) -> Steps[None]:
-    if gmem.bindings.uniform(start, end) and gmem.bindings[start] is None:
+    bound = gmem.bindings.runs(start, end)
+    if len(bound) == 1 and bound[0][2] is None:
         return
     yield from gmem.kvm.mmu_lock.acquire_write()
     gmem.kvm.mmu_invalidate_end()
@@ -347,9 +355,8 @@ def kvm_gmem_fallocate(
     if (offset | length) & PAGE_MASK:
         raise KernelError(EINVAL, "offset or length is not page aligned")
     if mode & FALLOC_FL_PUNCH_HOLE:
-        yield from kvm_gmem_punch_hole(inode, offset, length)
-    else:
-        yield from kvm_gmem_allocate(inode, proc, offset, length)
+        return kvm_gmem_punch_hole(inode, offset, length)
+    return kvm_gmem_allocate(inode, proc, offset, length)
 
 
 def kvm_gmem_allocate(
@@ -367,9 +374,13 @@ def kvm_gmem_allocate(
         while index < end:
             if proc.signal_pending():
                 raise KernelError(EINTR, f"signal at index {index:#x}")
-            run = yield from kvm_gmem_get_folio(inode, index, end)
+            npages = proc.pages_before_signal(end - index)
+            run = yield from kvm_gmem_get_folio(inode, index, index + npages)
             inode.unlock_folios(run.lock)
-            index += run.npages
+            size = 1 << run.order  # Linux goes on behind the folio, and looks once for each
+            folios = -(-(index % size + run.npages) // size)
+            proc.looked(folios - 1)
+            index = (index & -size) + folios * size
     finally:
         inode.invalidate_lock.release_read()
 

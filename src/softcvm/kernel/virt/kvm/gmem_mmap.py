@@ -1,19 +1,21 @@
 """Host mappings of KVM's files: guest_memfd (6.18) and the vCPU's kvm_run (v7.2).
 
 A guest_memfd can be mapped only when it was created with MMAP, and touched only when it was
-created INIT_SHARED; pages of a VM with private memory never are.  kvm_run and its neighbours
+created INIT_SHARED; pages of a VM with private memory never are, but for the option of
+gmem_convert.py.  kvm_run and its neighbours
 are kernel memory.
 
-Locks: a fault holds mmap_lock and takes folio locks.
+Locks: a fault holds mmap_lock and takes folio locks, with the option invalidate_lock before.
 """
 
-from errno import EINVAL, ENODEV, EPERM
+from errno import EINVAL, ENODEV
 from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm.memory import GmemFlag
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.memory import SIGBUS, BadAccess
-from softcvm.kernel.mm.mmap import MAP_PRIVATE, MAP_TYPE, PROT_EXEC, MmStruct, Vma, VmOps
+from softcvm.kernel.mm.mmap import MAP_PRIVATE, MAP_TYPE, MmStruct, Vma, VmOps
+from softcvm.kernel.virt.kvm.gmem_convert import kvm_gmem_shared_until
 from softcvm.kernel.virt.kvm.gmem_inode import GmemInode, kvm_gmem_get_folio
 from softcvm.sim.addr import PAGE_SHIFT, Pfn
 from softcvm.sim.steps import Steps
@@ -31,8 +33,6 @@ class GmemVmOps(VmOps):
         self.inode = inode
 
     def may_map(self, pgoff: int, npages: int, prot: int, flags: int) -> None:
-        if prot & PROT_EXEC:
-            raise KernelError(EPERM, "guest_memfd is noexec")
         if not self.inode.flags & GmemFlag.MMAP:
             raise KernelError(ENODEV, "the guest_memfd was created without MMAP")
         if flags & MAP_TYPE == MAP_PRIVATE:
@@ -44,25 +44,31 @@ class GmemVmOps(VmOps):
     def fault(self, pgoff: int, npages: int) -> Steps[list[tuple[Pfn, int]]]:
         """kvm_gmem_fault_user_mapping(): folios, zeroed once; up to `npages` of them."""
         inode = self.inode
-        runs: list[tuple[Pfn, int]] = []
-        index, end = pgoff, pgoff + npages
-        while index < end:
-            if index >= inode.npages:
-                raise BadAccess(
-                    SIGBUS, index << PAGE_SHIFT, "beyond the end of the guest_memfd"
-                )
-            if not inode.flags & GmemFlag.INIT_SHARED:
-                raise BadAccess(
-                    SIGBUS, index << PAGE_SHIFT, "the guest_memfd is not INIT_SHARED"
-                )
-            run = yield from kvm_gmem_get_folio(inode, index, min(end, inode.npages))
-            try:
-                self._clear(run.pgoff, run.npages, run.pfn)
-            finally:
-                inode.unlock_folios(run.lock)
-            runs.append((run.pfn, run.npages))
-            index += run.npages
-        return runs
+        if not inode.linux.profile.gmem_in_place:
+            return (yield from self._fault(pgoff, npages))
+        yield from inode.invalidate_lock.acquire_read()
+        try:
+            return (yield from self._fault(pgoff, npages))
+        finally:
+            inode.invalidate_lock.release_read()
+
+    def _fault(self, pgoff: int, npages: int) -> Steps[list[tuple[Pfn, int]]]:
+        inode = self.inode
+        if pgoff >= inode.npages:
+            raise BadAccess(SIGBUS, pgoff << PAGE_SHIFT, "beyond the end of the guest_memfd")
+        last = min(pgoff + npages, inode.npages)
+        if inode.flags & GmemFlag.INIT_SHARED:
+            pass
+        elif inode.linux.profile.gmem_in_place:
+            last = min(last, kvm_gmem_shared_until(inode, pgoff))
+        else:
+            raise BadAccess(SIGBUS, pgoff << PAGE_SHIFT, "the guest_memfd is not INIT_SHARED")
+        run = yield from kvm_gmem_get_folio(inode, pgoff, last)
+        try:
+            self._clear(run.pgoff, run.npages, run.pfn)
+        finally:
+            inode.unlock_folios(run.lock)
+        return [(run.pfn, run.npages)]
 
     def mapped(self, mm: MmStruct, vma: Vma) -> None:
         self.inode.i_mmap.append((mm, vma))

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from errno import EEXIST, EFAULT, EINTR, EINVAL, EIO
 from typing import TYPE_CHECKING, NamedTuple
 
-from softcvm.kernel.errors import EHWPOISON, KernelError
+from softcvm.kernel.errors import EHWPOISON, KernelError, Unmodelled
 from softcvm.kernel.fs.file import File
 from softcvm.kernel.mm.memory import get_user_pages
 from softcvm.kernel.mm.mmap import MmStruct
@@ -28,7 +28,7 @@ from softcvm.kernel.virt.kvm.gmem_inode import (
     kvm_gmem_get_file,
     kvm_gmem_get_folio,
 )
-from softcvm.kernel.virt.kvm.mem_attributes import kvm_range_is_private
+from softcvm.kernel.virt.kvm.mem_attributes import kvm_mem_is_private, kvm_range_is_private
 from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, Hva, Pfn, Pgoff
 from softcvm.sim.steps import Steps, lockdep_assert_held
 
@@ -127,13 +127,16 @@ def _get_locked(
             kvm.linux.warn("kvm_gmem_get_pfn", f"index {index:#x} is bound to another slot")
         raise KernelError(EIO, f"index {index:#x} is not bound to slot {slot.key:#x}")
     inode = gmem.inode
+    if index >= inode.npages:  # KernelProfile.gmem_bind_offset_signed
+        raise Unmodelled(f"index {index:#x} of a guest_memfd of {inode.npages:#x} pages")
     run = yield from kvm_gmem_get_folio(inode, index, index + npages)
     end = run.pgoff + run.npages
-    if not inode.poisoned.uniform(run.pgoff, end) or inode.poisoned[run.pgoff]:
-        if inode.poisoned[run.pgoff]:
+    _, alike, poisoned = inode.poisoned.run(run.pgoff)
+    if poisoned or alike < end:
+        if poisoned:
             inode.unlock_folios(run.lock)
             raise KernelError(EHWPOISON, f"index {index:#x} of inode {inode.ino} is poisoned")
-        run = run._replace(npages=inode.poisoned.run(run.pgoff)[1] - run.pgoff)
+        run = run._replace(npages=alike - run.pgoff)
     return gmem, run
 
 
@@ -155,6 +158,8 @@ def _prepare_folios(
     end = run.pgoff + run.npages
     if profile.uptodate_means_initialised or profile.gmem_max_order:
         _clear_folios(inode, run.pgoff, end, run.order)
+        if profile.gmem_in_place and not kvm_mem_is_private(kvm, gfn):
+            return  # a shared page of the guest_memfd stays the hypervisor's
         kvm.ops.gmem_prepare(kvm, run.pfn, gfn, run.npages, max_order)
         return
     for lo, hi, prepared in inode.uptodate.runs(run.pgoff, end):
@@ -170,8 +175,6 @@ def _clear_folios(inode: GmemInode, index: int, end: int, order: int) -> None:
     them so."""
     size = 1 << order
     index, end = index & -size, -(-end // size) * size
-    if inode.uptodate.uniform(index, end) and inode.uptodate[index]:
-        return
     for lo, hi, initialised in inode.uptodate.runs(index, end):
         if not initialised:
             folio = inode.folios[lo]

@@ -38,11 +38,14 @@ __all__ = (
     "kvm_gmem_bind",
     "kvm_gmem_create",
     "kvm_gmem_get_pfn",
+    "kvm_gmem_link",
     "kvm_gmem_populate",
     "kvm_gmem_release",
     "kvm_gmem_supported_flags",
     "kvm_gmem_unbind",
 )
+
+_S64 = 1 << 63
 
 
 def kvm_gmem_supported_flags(kvm: "Kvm | None", linux: "Linux") -> GmemFlag:
@@ -62,7 +65,30 @@ def kvm_gmem_create(kvm: "Kvm", proc: "Process", size: int, flags: int) -> int:
     if not 0 < size < 1 << 63 or size & PAGE_MASK:
         raise KernelError(EINVAL, f"size {size:#x}")
     fd = proc.files.get_unused_fd(proc.rlimits.nofile)
-    inode = GmemInode(kvm.linux, size, GmemFlag(flags))
+    return _install_view(kvm, proc, fd, GmemInode(kvm.linux, size, GmemFlag(flags)))
+
+
+def kvm_gmem_link(kvm: "Kvm", proc: "Process", fd: int, flags: int) -> int:
+    """KVM_LINK_GUEST_MEMFD (proposed): another VM's view of the inode behind fd, as a new file.
+
+    EINVAL: flags, no guest_memfd, or a file that is this VM's already.  EMFILE.
+    """
+    if flags:
+        raise KernelError(EINVAL, f"flags {flags:#x}")
+    try:
+        gmem = proc.files.lookup(fd).private
+    except KernelError as error:
+        raise KernelError(EINVAL, error.why) from error
+    if not isinstance(gmem, GmemFile):
+        raise KernelError(EINVAL, f"fd {fd} is no guest_memfd")
+    if gmem.kvm is kvm:
+        raise KernelError(EINVAL, f"VM {kvm.id} has fd {fd} already")
+    number = proc.files.get_unused_fd(proc.rlimits.nofile)
+    return _install_view(kvm, proc, number, gmem.inode)
+
+
+def _install_view(kvm: "Kvm", proc: "Process", fd: int, inode: GmemInode) -> int:
+    """A file of the inode for this VM, under a descriptor that is reserved."""
     gmem = GmemFile(inode, kvm.get())
     inode.files.append(gmem)
     gmem.file = File(FileKind.GUEST_MEMFD, gmem, kvm_gmem_release)
@@ -82,7 +108,10 @@ def kvm_gmem_bind(
         if gmem.kvm is not kvm:
             raise KernelError(EINVAL, f"fd {fd} is the guest_memfd of VM {gmem.kvm.id}")
         inode = gmem.inode
-        if offset & PAGE_MASK or offset + (slot.npages << PAGE_SHIFT) > inode.size:
+        end = offset + (slot.npages << PAGE_SHIFT)
+        if kvm.linux.profile.gmem_bind_offset_signed and offset < _S64 <= end:
+            end -= 2 * _S64
+        if offset & PAGE_MASK or end > inode.size:
             raise KernelError(
                 EINVAL, f"offset {offset:#x}: the slot ends beyond the guest_memfd"
             )
@@ -138,8 +167,8 @@ def kvm_gmem_release(file: File) -> Steps[None]:
     yield from inode.invalidate_lock.acquire_write()
     for slot in gmem.slots.values():
         slot.gmem_file = None
-    yield from kvm_gmem_invalidate_start_file(gmem, 0, inode.npages)
-    yield from kvm_gmem_invalidate_end_file(gmem, 0, inode.npages)
+    yield from kvm_gmem_invalidate_start_file(gmem, 0, gmem.bindings.limit)
+    yield from kvm_gmem_invalidate_end_file(gmem, 0, gmem.bindings.limit)
     inode.files.remove(gmem)
     inode.invalidate_lock.release_write()
     kvm.slots_lock.release()
@@ -148,3 +177,4 @@ def kvm_gmem_release(file: File) -> Steps[None]:
     yield from kvm.put()
     if not inode.files:
         yield from truncate_inode_pages_range(inode, 0, inode.npages)  # evict_inode()
+        inode.linux.gmem_inodes.remove(inode)

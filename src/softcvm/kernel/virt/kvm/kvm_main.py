@@ -72,6 +72,7 @@ class KvmArch(State):
         "hypercall_exit_enabled",
         "disabled_quirks",
         "irqchip",
+        "irqchip_split",
         "npt",
         "sev",
     )
@@ -84,7 +85,7 @@ class KvmArch(State):
         self.hypercall_exit_enabled = 0
         """Mask of hypercall numbers that leave to user space (KVM_CAP_EXIT_HYPERCALL)."""
         self.disabled_quirks = 0
-        self.irqchip = False
+        self.irqchip = self.irqchip_split = False
         """In-kernel local APICs: APs wait for INIT and SIPI.  # stored; no interrupt is
         modelled"""
         self.npt = Npt()
@@ -178,6 +179,8 @@ class Kvm(State):
         if not self.vm_bugged:
             self.vm_bugged = True
             self.vm_dead = True
+            for vcpu in self.vcpus:
+                self.ops.vcpu_kick(vcpu)  # KVM_REQ_VM_DEAD
             self.linux.counters.warnings += 1
             if self.linux.tp.emit:
                 self.linux.tp.emit(KvmBug(self.id, why))
@@ -260,7 +263,7 @@ def kvm_supported_vm_types(linux: Linux) -> int:
     )
 
 
-def kvm_create_vm(proc: "Process", vm_type: int) -> int:
+def kvm_create_vm(proc: "Process", vm_type: int) -> Steps[int]:
     """KVM_CREATE_VM: a VM of the caller's address space; its fd is close-on-exec.
 
     EMFILE comes before EINVAL for the type, because the number is reserved first.
@@ -276,7 +279,7 @@ def kvm_create_vm(proc: "Process", vm_type: int) -> int:
         proc.files.put_unused_fd(fd)
         raise
     kvm.memslots = [Memslots() for _ in range(nr_memslot_as_ids(kvm))]
-    proc.mm.notifiers.append(kvm.notifier)
+    yield from proc.mm.mmu_notifier_register(kvm.notifier)
     linux.vm_list.append(kvm)
     if linux.tp.emit:
         linux.tp.emit(VmCreated(kvm.id, kvm.arch.vm_type))

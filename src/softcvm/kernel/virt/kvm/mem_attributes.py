@@ -3,7 +3,7 @@
 Owns KVM_SET_MEMORY_ATTRIBUTES and who may read the answer when.  The store is kvm.mem_attr, gfn
 -> attributes, where absence is 0 and means shared; it needs no memslot and outlives them.
 Contents, RMP state and host mappings do not change here: a page made shared stays in the gmem
-and assigned until somebody punches it.
+and assigned until somebody punches it; converting in place is an option, gmem_convert.py.
 
 Whether a huge page is MIXED follows from the store (`uniform`) and is not kept a second time;
 that a fault cannot install one while half of it is changing is the work of the widened
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from softcvm.abi.kvm.memory import KVM_MEMORY_ATTRIBUTE_PRIVATE, KvmMemoryAttributes
 from softcvm.kernel.arch.x86.kvm.mmu.tdp_mmu import kvm_mmu_unmap_gfn_range
 from softcvm.kernel.errors import KernelError
+from softcvm.kernel.virt.kvm.gmem_convert import kvm_gmem_convert
 from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, Gfn, PgLevel, pages_per_level
 from softcvm.sim.steps import Steps, preempt
 
@@ -69,20 +70,21 @@ def kvm_hugepage_mixed(kvm: "Kvm", gfn: int, level: PgLevel) -> bool:
 
 def kvm_vm_ioctl_set_mem_attributes(kvm: "Kvm", attrs: KvmMemoryAttributes) -> Steps[None]:
     """KVM_SET_MEMORY_ATTRIBUTES, after the copy-in."""
+    address, size, attributes = attrs.address, attrs.size, attrs.attributes
     if attrs.flags:
         raise KernelError(EINVAL, f"flags {attrs.flags:#x}")
     supported = kvm_supported_mem_attributes(kvm)
-    if attrs.attributes & ~supported:
-        raise KernelError(EINVAL, f"attributes {attrs.attributes:#x} of {supported:#x}")
-    if attrs.size == 0 or attrs.address + attrs.size >= 1 << 64:
-        raise KernelError(EINVAL, f"{attrs.address:#x} + {attrs.size:#x} is empty or wraps")
-    if (attrs.address | attrs.size) & PAGE_MASK:
-        raise KernelError(EINVAL, f"{attrs.address:#x} + {attrs.size:#x} is not page aligned")
-    start = attrs.address >> PAGE_SHIFT
-    end = attrs.address + attrs.size >> PAGE_SHIFT
+    if attributes & ~supported:
+        raise KernelError(EINVAL, f"attributes {attributes:#x} of {supported:#x}")
+    if size == 0 or address + size >= 1 << 64:
+        raise KernelError(EINVAL, f"{address:#x} + {size:#x} is empty or wraps")
+    if (address | size) & PAGE_MASK:
+        raise KernelError(EINVAL, f"{address:#x} + {size:#x} is not page aligned")
+    start = address >> PAGE_SHIFT
+    end = address + size >> PAGE_SHIFT
     yield from kvm.slots_lock.acquire()
     try:
-        yield from _set_mem_attributes(kvm, start, end, attrs.attributes)
+        yield from _set_mem_attributes(kvm, start, end, attributes)
     finally:
         kvm.slots_lock.release()
 
@@ -90,7 +92,8 @@ def kvm_vm_ioctl_set_mem_attributes(kvm: "Kvm", attrs: KvmMemoryAttributes) -> S
 def _set_mem_attributes(kvm: "Kvm", start: int, end: int, attributes: int) -> Steps[None]:
     """kvm_vm_set_mem_attributes(): invalidate the old kind, store, end."""
     store = kvm.mem_attr
-    if store.uniform(start, end) and store[start] == attributes:
+    before = store.runs(start, end)
+    if len(before) == 1 and before[0][2] == attributes:
         return
     if kvm.linux.choices.choose("mem_attr_reserve", 2):
         raise KernelError(ENOMEM, "no memory to store attributes (injected)")
@@ -99,8 +102,11 @@ def _set_mem_attributes(kvm: "Kvm", start: int, end: int, attributes: int) -> St
         yield from _pre_set(kvm, slots, start, end)
     else:
         yield from preempt("kvm_vm_set_mem_attributes")
-    changed = len([1 for _, _, old in store.runs(start, end) if old != attributes])
-    store.set(start, end, attributes)
+    changed = sum([old != attributes for _, _, old in store.runs(start, end)])
+    if kvm.linux.profile.gmem_in_place:
+        yield from kvm_gmem_convert(kvm, slots, start, end, attributes)
+    else:
+        store.set(start, end, attributes)
     if kvm.linux.tp.emit:
         kvm.linux.tp.emit(SetMemoryAttributes(kvm.id, start, end, attributes, changed))
     if slots:

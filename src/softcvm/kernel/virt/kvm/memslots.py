@@ -10,7 +10,7 @@ zapping it.  A change waits for running notifier invalidations, which must find 
 memslots at their end.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right, insort
 from errno import EEXIST, EINVAL, ENOENT
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,6 +45,7 @@ KVM_USER_MEM_SLOTS = KVM_MEM_SLOTS_NUM - 3  # three are KVM's own on x86
 KVM_MEM_MAX_NR_PAGES = (1 << 31) - 1
 KVM_X86_QUIRK_SLOT_ZAP_ALL = 1 << 7
 _U64 = (1 << 64) - 1
+_GUEST_MEMFD = int(MemFlag.GUEST_MEMFD)
 
 
 class MemslotChange(NamedTuple):
@@ -81,7 +82,7 @@ class KvmMemorySlot(State):
         slot_id: int,
         base_gfn: Gfn,
         npages: int,
-        flags: MemFlag,
+        flags: int,
         userspace_addr: Hva,
     ) -> None:
         self.as_id = as_id
@@ -89,6 +90,7 @@ class KvmMemorySlot(State):
         self.base_gfn = base_gfn
         self.npages = npages
         self.flags = flags
+        """MemFlag, as the plain number: faults look at it."""
         self.userspace_addr = userspace_addr
         self.gmem_file: GmemFile | None = None
         """Not a reference: guest_memfd.kvm_gmem_get_file() takes one, if there still is a
@@ -111,7 +113,7 @@ class KvmMemorySlot(State):
     @property
     def can_be_private(self) -> bool:
         """kvm_slot_can_be_private(), kvm_slot_has_gmem() from 6.18."""
-        return bool(self.flags & MemFlag.GUEST_MEMFD)
+        return bool(self.flags & _GUEST_MEMFD)
 
     def hva(self, gfn: int) -> Hva:
         return Hva(self.userspace_addr + (gfn - self.base_gfn << PAGE_SHIFT))
@@ -133,42 +135,45 @@ class Memslots(State):
     """One address space: slots by id and by gfn."""
 
     saved = ("by_id",)
-    derived = {"_bases": "base gfns of _by_gfn", "_by_gfn": "by_id in order of gfn"}
+    derived = {"_bases": "base gfns of by_id, sorted", "_by_base": "by_id by base gfn"}
 
     def __init__(self) -> None:
         self.by_id: dict[int, KvmMemorySlot] = {}
         self._bases: list[int] = []
-        self._by_gfn: list[KvmMemorySlot] = []
+        self._by_base: dict[int, KvmMemorySlot] = {}
 
     def at(self, gfn: int) -> KvmMemorySlot | None:
         """The slot that holds a gfn, INVALID or not."""
-        i = bisect_right(self._bases, gfn) - 1
-        return self._by_gfn[i] if i >= 0 and gfn < self._by_gfn[i].end_gfn else None
+        i = bisect_right(self._bases, gfn)
+        if not i:
+            return None
+        slot = self._by_base[self._bases[i - 1]]
+        return slot if gfn < slot.base_gfn + slot.npages else None
 
     def overlapping(self, start: int, end: int) -> list[KvmMemorySlot]:
         """Slots that touch [start, end), in order of gfn."""
-        i = max(bisect_right(self._bases, start) - 1, 0)
-        found = []
-        while i < len(self._by_gfn) and self._bases[i] < end:
-            if self._by_gfn[i].end_gfn > start:
-                found.append(self._by_gfn[i])
-            i += 1
-        return found
+        first = max(bisect_right(self._bases, start) - 1, 0)
+        last = bisect_left(self._bases, end, first)
+        slots = [self._by_base[base] for base in self._bases[first:last]]
+        if slots and slots[0].end_gfn <= start:
+            del slots[0]
+        return slots
 
     def insert(self, slot: KvmMemorySlot) -> None:
-        i = bisect_right(self._bases, slot.base_gfn)
-        self._bases.insert(i, slot.base_gfn)
-        self._by_gfn.insert(i, slot)
+        """A slot that overlaps none."""
+        insort(self._bases, slot.base_gfn)
+        self._by_base[slot.base_gfn] = slot
         self.by_id[slot.id] = slot
 
     def remove(self, slot: KvmMemorySlot) -> None:
-        i = bisect_right(self._bases, slot.base_gfn) - 1
-        if self._by_gfn[i] is not slot:
+        if self._by_base.get(slot.base_gfn) is not slot:
             raise ValueError(f"slot {slot.id} is not where its gfn says")
-        del self._bases[i], self._by_gfn[i], self.by_id[slot.id]
+        del self._bases[bisect_left(self._bases, slot.base_gfn)]
+        del self._by_base[slot.base_gfn], self.by_id[slot.id]
 
     def all(self) -> list[KvmMemorySlot]:
-        return list(self._by_gfn)
+        """In order of gfn."""
+        return [self._by_base[base] for base in self._bases]
 
 
 def nr_memslot_as_ids(kvm: "Kvm") -> int:
@@ -249,7 +254,7 @@ def _set_memory_region(
         mem.slot & 0xFFFF,
         Gfn(mem.guest_phys_addr >> PAGE_SHIFT),
         npages,
-        MemFlag(mem.flags),
+        mem.flags,
         Hva(mem.userspace_addr),
     )
     if old is None:

@@ -105,6 +105,7 @@ _ALWAYS_ONE = frozenset(
         k.KVM_CAP_MEMORY_FAULT_INFO,
         k.KVM_CAP_X86_GUEST_MODE,
         k.KVM_CAP_PRE_FAULT_MEMORY,  # tdp_enabled
+        k.KVM_CAP_LAST_CPU,
     }
 )
 _CONSTANT = {
@@ -117,14 +118,14 @@ _CONSTANT = {
     k.KVM_CAP_MCE: 32,
     k.KVM_CAP_PV_MMU: 0,
     k.KVM_CAP_XSAVE2: 4096,
-    k.KVM_CAP_X2APIC_API: 3,
+    k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
+    k.KVM_CAP_SET_GUEST_DEBUG2: 0x1F0003,
 }
 _HOST_DECIDES = frozenset(
     {
         k.KVM_CAP_ADJUST_CLOCK,
         k.KVM_CAP_NESTED_STATE,
         k.KVM_CAP_PMU_CAPABILITY,
-        k.KVM_CAP_SET_GUEST_DEBUG2,
         k.KVM_CAP_STEAL_TIME,
         k.KVM_CAP_TSC_CONTROL,
         k.KVM_CAP_VM_TSC_CONTROL,
@@ -135,7 +136,6 @@ _HOST_DECIDES = frozenset(
         k.KVM_CAP_XEN_HVM,
         k.KVM_CAP_DIRTY_LOG_RING,
         k.KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
-        k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
     }
 )
 _QUIRKS = sum(
@@ -149,6 +149,7 @@ _QUIRKS = sum(
         k.KVM_X86_QUIRK_MWAIT_NEVER_UD_FAULTS,
         k.KVM_X86_QUIRK_SLOT_ZAP_ALL,
         k.KVM_X86_QUIRK_STUFF_FEATURE_MSRS,
+        1 << 10,  # VMCS12_ALLOW_FREEZE_IN_SMM (e2ffe85b6d2b, 2026, in stable kernels too)
     }
 )
 _SYNC_REGS = 7
@@ -181,6 +182,10 @@ def kvm_vm_ioctl_check_extension(linux: "Linux", kvm: "Kvm | None", cap: int) ->
             return 0 if protected else _SYNC_REGS
         case k.KVM_CAP_DISABLE_QUIRKS2:
             return _QUIRKS
+        case k.KVM_CAP_ONE_REG:
+            return int(linux.profile.x86_one_reg)
+        case k.KVM_CAP_X2APIC_API:
+            return _x2apic_api(linux, kvm)
         case _ if cap in _HOST_DECIDES:
             raise Unmodelled(f"KVM_CHECK_EXTENSION {cap}: the host's configuration decides")
         case _:
@@ -213,6 +218,14 @@ def kvm_vm_ioctl_enable_cap(kvm: "Kvm", proc: "Process", cap: KvmEnableCap) -> S
     return 0
 
 
+def _x2apic_api(linux: "Linux", kvm: "Kvm | None") -> int:
+    """Flags of KVM_CAP_X2APIC_API; suppressing EOI broadcasts takes an I/O APIC in user
+    space."""
+    if not linux.profile.x2apic_suppress_eoi:
+        return 3
+    return 15 if kvm is None or kvm.arch.irqchip_split else 11
+
+
 def _split_irqchip(kvm: "Kvm", pins: int) -> Steps[None]:
     yield from kvm.lock.acquire()
     try:
@@ -222,6 +235,6 @@ def _split_irqchip(kvm: "Kvm", pins: int) -> Steps[None]:
             raise KernelError(EEXIST, "there is an in-kernel irqchip")
         if kvm.created_vcpus:
             raise KernelError(EEXIST, "vCPUs exist already")
-        kvm.arch.irqchip = True
+        kvm.arch.irqchip = kvm.arch.irqchip_split = True
     finally:
         kvm.lock.release()

@@ -13,8 +13,9 @@ from softcvm.hw.cpu.cpuid import CpuidResult, leaves
 
 if TYPE_CHECKING:
     from softcvm.kernel.host import Linux
+    from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 
-__all__ = ("KVM_CPUID_SIGNATURE", "kvm_get_supported_cpuid")
+__all__ = ("KVM_CPUID_SIGNATURE", "cpuid_maxphyaddr", "kvm_get_supported_cpuid")
 
 KVM_CPUID_SIGNATURE = 0x4000_0000
 KVM_CPUID_FEATURES = 0x4000_0001
@@ -51,6 +52,14 @@ def kvm_get_supported_cpuid(linux: "Linux") -> list[KvmCpuidEntry2]:
         )
         for (function, index), result in sorted(table.items())
     ]
+
+
+def cpuid_maxphyaddr(vcpu: "KvmVcpu") -> int:
+    """Width of the guest's physical addresses as its CPUID says; 36 if that says nothing."""
+    told = {e.function: e.eax for e in vcpu.arch.cpuid_entries}
+    if told.get(0x8000_0000, 0) < 0x8000_0008 or 0x8000_0008 not in told:
+        return 36
+    return told[0x8000_0008] & 0xFF
 
 
 def _virtualised(leaf: tuple[int, int], result: CpuidResult) -> CpuidResult:

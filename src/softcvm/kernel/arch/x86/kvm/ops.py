@@ -57,12 +57,17 @@ class X86Ops(Protocol):
         """Refuse KVM_RUN before anything is entered."""
         ...
 
-    def vcpu_has_events(self, vcpu: "KvmVcpu") -> bool:
-        """Whether something waits for a blocked vCPU (KVM_REQ_UPDATE_PROTECTED_GUEST_STATE)."""
+    def vcpu_reset(self, vcpu: "KvmVcpu") -> Steps[None]:
+        """INIT, after KVM has reset its own copies of the registers."""
         ...
 
-    def vcpu_accept_events(self, vcpu: "KvmVcpu") -> Steps[None]:
-        """Consume what vcpu_has_events() saw (sev_snp_init_protected_guest_state())."""
+    def vcpu_deliver_sipi_vector(self, vcpu: "KvmVcpu") -> None:
+        """A SIPI releases a vCPU that waits for it."""
+        ...
+
+    def vcpu_kick(self, vcpu: "KvmVcpu") -> None:
+        """kvm_vcpu_kick(): a vCPU in the guest leaves it; one that sleeps looks again whether it
+        must."""
         ...
 
     def complete_hypercall(self, vcpu: "KvmVcpu", ret: int) -> None:

@@ -6,7 +6,7 @@ legacy kind, which has not that flag, keeps a dead copy.
 """
 
 from errno import E2BIG, EINVAL
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm.vcpu import (
     KvmCpuidEntry2,
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = (
     "KVM_MAX_CPUID_ENTRIES",
-    "MsrEntry",
     "get_debugregs",
     "get_fpu",
     "get_mpstate",
@@ -72,13 +71,6 @@ _EMULATED_MSRS = {
     0xC000_0103: 0,  # TSC_AUX
 }
 """MSRs that user space sets for a boot and that the model keeps.  # stored, no effect"""
-
-
-class MsrEntry(NamedTuple):
-    """One of KVM_SET_MSRS."""
-
-    msr: int
-    data: int
 
 
 def _refuse_protected(vcpu: "KvmVcpu", what: str) -> None:
@@ -204,7 +196,7 @@ def set_mpstate(vcpu: "KvmVcpu", state: KvmMpState) -> None:
     if wanted is not MpState.RUNNABLE and not vcpu.kvm.arch.irqchip:
         raise KernelError(EINVAL, f"mp_state {wanted.name} without an in-kernel APIC")
     if wanted is MpState.SIPI_RECEIVED:
-        raise Unmodelled("KVM_SET_MP_STATE with SIPI_RECEIVED: no APIC is modelled")
+        wanted, vcpu.arch.apic_sipi = MpState.INIT_RECEIVED, True
     vcpu.arch.mp_state = wanted
 
 

@@ -7,6 +7,7 @@ Linux does.
 """
 
 from collections.abc import Callable
+from enum import IntFlag
 from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm.vcpu import (
@@ -26,11 +27,25 @@ if TYPE_CHECKING:
     from softcvm.kernel.arch.x86.kvm.svm.svm import VcpuSvm
     from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 
-__all__ = ("MSR_IA32_CR_PAT", "CompleteUserspaceIo", "MsrValue", "VcpuArch", "reset_sregs")
+__all__ = (
+    "MSR_IA32_CR_PAT",
+    "CompleteUserspaceIo",
+    "KvmRequest",
+    "MsrValue",
+    "VcpuArch",
+    "reset_sregs",
+)
 
 MsrValue = int | None
 CompleteUserspaceIo = Callable[["KvmVcpu"], Steps[int]]
 """What finishes an exit when the VMM enters again; returns 1 to go on and 0 to leave again."""
+
+
+class KvmRequest(IntFlag):
+    """vcpu->requests: what the vCPU is to do before it enters the guest again (KVM_REQ_*)."""
+
+    UPDATE_PROTECTED_GUEST_STATE = 1 << 0
+
 
 MSR_IA32_CR_PAT = 0x277
 _PAT_RESET = 0x0007_0406_0007_0406
@@ -72,9 +87,15 @@ class VcpuArch(State):
         "guest_state_protected",
         "has_run",
         "completes",
+        "requests",
+        "apic_init",
+        "apic_sipi",
         "svm",
     )
-    derived = {"complete_userspace_io": "named by `completes`"}
+    derived = {
+        "complete_userspace_io": "named by `completes`",
+        "in_guest": "out of the guest at quiescent points",
+    }
 
     svm: "VcpuSvm"
 
@@ -93,6 +114,11 @@ class VcpuArch(State):
         self.has_run = False
         """It entered the guest at least once (last_vmentry_cpu)."""
         self.complete_userspace_io: CompleteUserspaceIo | None = None
+        self.requests = KvmRequest(0)
+        self.apic_init = self.apic_sipi = False
+        """INIT and SIPI that the local APIC holds until the vCPU takes them (pending_events)."""
+        self.in_guest = False
+        """vcpu->mode is IN_GUEST_MODE: a kick must send an interrupt."""
 
     @property
     def completes(self) -> str | None:

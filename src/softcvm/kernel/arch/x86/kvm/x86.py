@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from softcvm.abi.kvm.memory import KVM_HC_MAP_GPA_RANGE
 from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.kvm.vcpu import MpState
+from softcvm.kernel.arch.x86.kvm.lapic import (
+    kvm_apic_accept_events,
+    kvm_apic_has_pending_init_or_sipi,
+    kvm_vcpu_reset,
+)
+from softcvm.kernel.arch.x86.kvm.vcpu import KvmRequest
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.sim.addr import PAGE_MASK
-from softcvm.sim.steps import Mutex, Point, Steps, Task, preempt
+from softcvm.sim.steps import Point, Steps, Wait
 
 if TYPE_CHECKING:
     from softcvm.kernel.task import Process
@@ -26,10 +32,12 @@ __all__ = (
     "KvmUserspaceExit",
     "kvm_arch_vcpu_ioctl_run",
     "kvm_emulate_hypercall",
+    "kvm_vcpu_has_events",
 )
 
 KVM_EXIT_HYPERCALL_LONG_MODE = 1
 _KVM_ENOSYS, _KVM_EPERM = 1000, 1
+_VCPU_RUN = Point("vcpu_run")
 _U64 = (1 << 64) - 1
 
 
@@ -76,7 +84,7 @@ def _ioctl_run(vcpu: "KvmVcpu", proc: "Process", wants_to_run: bool) -> Steps[No
         if not wants_to_run:
             raise KernelError(EINTR, "immediate_exit")
         yield from _block(vcpu, proc)
-        yield from kvm.ops.vcpu_accept_events(vcpu)
+        yield from kvm_apic_accept_events(vcpu)
         if proc.signal_pending():
             run.exit_reason = KvmExit.INTR
             raise KernelError(EINTR, "signal while the vCPU was blocked")
@@ -106,35 +114,65 @@ def _ioctl_run(vcpu: "KvmVcpu", proc: "Process", wants_to_run: bool) -> Steps[No
             kvm.srcu.release_read()
             yield from kvm.linux.task_work.run()
             yield from kvm.srcu.acquire_read()
-        yield from preempt("vcpu_run")
+        yield _VCPU_RUN
 
 
 def _vcpu_step(vcpu: "KvmVcpu", proc: "Process") -> Steps[int]:
     """vcpu_enter_guest() or vcpu_block()."""
-    kvm, arch = vcpu.kvm, vcpu.arch
-    if kvm.vm_dead:
-        raise KernelError(EIO, "the VM is dead")
-    if kvm.ops.vcpu_has_events(vcpu):
-        yield from kvm.ops.vcpu_accept_events(vcpu)
-    if arch.mp_state is MpState.RUNNABLE:
-        arch.has_run = True
-        return (yield from kvm.ops.vcpu_run(vcpu))
-    yield from _block(vcpu, proc)
-    if arch.mp_state in (MpState.HALTED, MpState.AP_RESET_HOLD):
-        arch.mp_state = MpState.RUNNABLE
+    if vcpu.arch.mp_state is MpState.RUNNABLE:
+        return (yield from _vcpu_enter_guest(vcpu))
+    if not _runnable(vcpu):
+        yield from _block(vcpu, proc)
+        if not _runnable(vcpu):
+            return 1  # a signal
+    yield from kvm_apic_accept_events(vcpu)
+    if vcpu.arch.mp_state in (MpState.HALTED, MpState.AP_RESET_HOLD):
+        vcpu.arch.mp_state = MpState.RUNNABLE
     return 1
 
 
+def _vcpu_enter_guest(vcpu: "KvmVcpu") -> Steps[int]:
+    """What was asked of the vCPU meanwhile, then one entry into the guest."""
+    kvm, arch = vcpu.kvm, vcpu.arch
+    if kvm.vm_dead:  # KVM_REQ_VM_DEAD, which is never cleared
+        raise KernelError(EIO, "the VM is dead")
+    if arch.requests & KvmRequest.UPDATE_PROTECTED_GUEST_STATE:
+        arch.requests &= ~KvmRequest.UPDATE_PROTECTED_GUEST_STATE
+        yield from kvm_vcpu_reset(vcpu)
+        if arch.mp_state is not MpState.RUNNABLE:
+            return 1
+    yield from kvm_apic_accept_events(vcpu)
+    if arch.mp_state is MpState.INIT_RECEIVED:
+        return 1
+    arch.has_run = True
+    return (yield from kvm.ops.vcpu_run(vcpu))
+
+
+def _runnable(vcpu: "KvmVcpu") -> bool:
+    """kvm_arch_vcpu_runnable(): it runs, or something is there for it.
+
+    A dead VM is no reason to wake up (KVM_REQUEST_NO_WAKEUP).
+    """
+    return vcpu.arch.mp_state is MpState.RUNNABLE or kvm_vcpu_has_events(vcpu)
+
+
+def kvm_vcpu_has_events(vcpu: "KvmVcpu") -> bool:
+    """Whether something waits for a vCPU that does not run."""
+    return bool(
+        vcpu.arch.requests & KvmRequest.UPDATE_PROTECTED_GUEST_STATE
+    ) or kvm_apic_has_pending_init_or_sipi(vcpu)
+
+
 def _block(vcpu: "KvmVcpu", proc: "Process") -> Steps[None]:
-    """kvm_vcpu_block(): until an event or a signal.  With one task nobody can wake it:
-    Deadlock."""
-    kvm = vcpu.kvm
-    wait = Mutex(kvm.linux.lockdep, f"wake-up of vCPU {vcpu.vcpu_id}", 0)
-    wait.owner = Task("whoever wakes it")
-    kvm.srcu.release_read()
-    while not kvm.ops.vcpu_has_events(vcpu) and not proc.signal_pending():
+    """kvm_vcpu_block(): sleep until there is something for the vCPU, or a signal."""
+    wait = Wait(
+        f"wake-up of vCPU {vcpu.vcpu_id}",
+        lambda: _runnable(vcpu) or proc.signal_after is not None,
+    )
+    vcpu.kvm.srcu.release_read()
+    while not _runnable(vcpu) and not proc.signal_pending():
         yield Point(f"block vCPU {vcpu.vcpu_id}", wait)
-    yield from kvm.srcu.acquire_read()
+    yield from vcpu.kvm.srcu.acquire_read()
 
 
 def kvm_emulate_hypercall(

@@ -1,7 +1,8 @@
 """The driver of SEV firmware: bring it up, hand it commands, /dev/sev (drivers/crypto/ccp/sev-dev.c, v7.2).
 
 Owns SevDevice, the state of the firmware as the driver believes it to be.  Guests' own commands are built
-by kvm/svm; the pages that firmware writes are firmware_pages.py.
+by kvm/svm; the pages that firmware writes are firmware_pages.py, those of legacy commands
+legacy_buffers.py.
 
 Lock: sev_cmd_mutex, a leaf for everybody: one command at a time.
 """
@@ -10,7 +11,13 @@ from errno import EFAULT, EINVAL, EIO, ENODEV, EOPNOTSUPP
 from typing import TYPE_CHECKING
 
 from softcvm.abi.layout import Layout
-from softcvm.abi.sev import SEV_ISSUE_CMD, SEV_MAX, SevIssueCmd, SevUserCmd
+from softcvm.abi.sev import (
+    SEV_FW_BLOB_MAX_SIZE,
+    SEV_ISSUE_CMD,
+    SEV_MAX,
+    SevIssueCmd,
+    SevUserCmd,
+)
 from softcvm.abi.snp_firmware import SevCmd, SnpAddr, SnpCmd, SnpStatus
 from softcvm.abi.snp_platform import (
     RANGE_LIST_MAX,
@@ -29,9 +36,15 @@ from softcvm.kernel.drivers.crypto.ccp.firmware_pages import (
     snp_alloc_firmware_pages,
     snp_reclaim_pages,
 )
+from softcvm.kernel.drivers.crypto.ccp.legacy_buffers import (
+    get_order,
+    snp_map_cmd_bufs,
+    snp_unmap_cmd_bufs,
+    writable_cmd_buf,
+)
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.locks import Rank
-from softcvm.kernel.mm.uaccess import copy_to_user
+from softcvm.kernel.mm.uaccess import copy_from_user, copy_to_user
 from softcvm.sim.addr import PAGE_SIZE, Hva, Pfn, pfn_to_spa
 from softcvm.sim.state import State
 from softcvm.sim.steps import Mutex, Steps
@@ -44,6 +57,7 @@ if TYPE_CHECKING:
 __all__ = (
     "SevDevice",
     "SevFwError",
+    "psp_copy_user_blob",
     "sev_do_cmd",
     "sev_do_cmd_locked",
     "sev_ioctl",
@@ -104,11 +118,13 @@ def sev_do_cmd(linux: "Linux", cmd: SnpCmd | SevCmd, data: Layout | None = None)
 def sev_do_cmd_locked(
     linux: "Linux", cmd: SnpCmd | SevCmd, data: Layout | None = None
 ) -> Steps[None]:
-    """__sev_do_cmd_locked().  The caller holds sev_cmd_mutex."""
+    """__sev_do_cmd_locked().  The caller holds sev_cmd_mutex.
+
+    Legacy commands get the memory that they write as Firmware pages (legacy_buffers.py).
+    """
     dev = linux.sev_dev
-    firmware_writes_buffer = (
-        dev.snp_initialized and data is not None and cmd is SevCmd.PLATFORM_STATUS
-    )
+    lent = yield from snp_map_cmd_bufs(linux, cmd, data)
+    firmware_writes_buffer = writable_cmd_buf(linux, cmd)
     if firmware_writes_buffer:
         try:
             yield from rmp_mark_pages_firmware(linux, dev.cmd_buf, 1, locked=True)
@@ -125,8 +141,29 @@ def sev_do_cmd_locked(
             raise KernelError(
                 EFAULT, f"reclaiming the buffer of {cmd.name}: {error.why}"
             ) from error
+    if lent is not None and data is not None:
+        yield from snp_unmap_cmd_bufs(linux, data, lent)
     if status is not SnpStatus.SUCCESS:
         raise SevFwError(cmd, status)
+
+
+def psp_copy_user_blob(proc: "Process", uaddr: int, length: int) -> Steps[tuple[Pfn, int]]:
+    """A kernel copy of user bytes whose address firmware can be given: its first page and how many.
+
+    EINVAL: no address, no length, more than 16K.  ENOMEM.  EFAULT.
+    """
+    if not uaddr or not length or length > SEV_FW_BLOB_MAX_SIZE:
+        raise KernelError(EINVAL, f"blob of {length:#x} bytes at {uaddr:#x}")
+    linux = proc.linux
+    order = get_order(length)
+    pfn = linux.page_alloc.alloc_pages(order)
+    try:
+        data = yield from copy_from_user(proc.mm, Hva(uaddr), length)
+    except KernelError:
+        linux.page_alloc.free_run(pfn, 1 << order)
+        raise
+    linux.soc.host_write(pfn_to_spa(pfn), data, linux.snp.direct_map.level(pfn))
+    return pfn, 1 << order
 
 
 def sev_platform_init(linux: "Linux", *, probe: bool = False) -> Steps[None]:

@@ -33,7 +33,7 @@ from softcvm.sim.addr import (
     PgLevel,
     pages_per_level,
 )
-from softcvm.sim.steps import Steps, preempt
+from softcvm.sim.steps import Point, Steps, preempt
 
 if TYPE_CHECKING:
     from softcvm.kernel.task import Process
@@ -48,6 +48,13 @@ __all__ = (
     "kvm_prepare_memory_fault_exit",
     "kvm_zap_gfn_range",
 )
+
+_PRIVATE_ACCESS, _WRITE = int(PfErr.PRIVATE_ACCESS), int(PfErr.WRITE)
+_RSVD, _GUEST_FINAL = int(PfErr.RSVD), int(PfErr.GUEST_FINAL)
+_READONLY, _LOG_DIRTY_PAGES = int(MemFlag.READONLY), int(MemFlag.LOG_DIRTY_PAGES)
+_MMU_SEQ_TAKEN = Point("fault: mmu_seq snapshot")
+_LOOKS_PER_FAULT = 2
+"""kvm_vcpu_pre_fault_memory() and kvm_tdp_map_page() both look for a signal."""
 
 
 class RetPf(IntEnum):
@@ -101,11 +108,11 @@ def kvm_mmu_page_fault(vcpu: "KvmVcpu", gpa: Gpa, error_code: int) -> Steps[RetP
     gfn = Gfn(gpa >> PAGE_SHIFT)
     if (
         kvm.arch.vm_type is VmType.SW_PROTECTED
-        and not error_code & PfErr.RSVD
+        and not error_code & _RSVD
         and kvm_mem_is_private(kvm, gfn)
     ):
-        error_code |= PfErr.PRIVATE_ACCESS
-    if error_code & PfErr.RSVD and error_code & PfErr.PRIVATE_ACCESS:
+        error_code |= _PRIVATE_ACCESS
+    if error_code & _RSVD and error_code & _PRIVATE_ACCESS:
         kvm.linux.warn("kvm_mmu_page_fault", f"reserved-bit fault on private GPA {gpa:#x}")
         raise KernelError(EFAULT, "emulated MMIO is never private")
     kvm.linux.counters.npf += 1
@@ -121,28 +128,24 @@ def kvm_arch_vcpu_pre_fault_memory(
     range_ is advanced past what was mapped, on failure too.  An error after the first page is
     success.
     """
+    gpa, size = range_.gpa, range_.size
     if range_.flags:
         raise KernelError(EINVAL, f"flags {range_.flags:#x}")
-    if (
-        (range_.gpa | range_.size) & PAGE_MASK
-        or range_.gpa + range_.size >= 1 << 64
-        or not range_.size
-    ):
-        raise KernelError(
-            EINVAL, f"{range_.gpa:#x} + {range_.size:#x}: unaligned, empty or wraps"
-        )
+    if (gpa | size) & PAGE_MASK or gpa + size >= 1 << 64 or not size:
+        raise KernelError(EINVAL, f"{gpa:#x} + {size:#x}: unaligned, empty or wraps")
     kvm = vcpu.kvm
     yield from kvm.srcu.acquire_read()
     some = False
     try:
-        while range_.size:
+        while size:
             if proc.signal_pending():
                 raise KernelError(EINTR, "signal while prefaulting")
-            done = yield from _pre_fault(
-                vcpu, proc, range_.gpa >> PAGE_SHIFT, range_.size >> PAGE_SHIFT
-            )
-            range_.gpa = range_.gpa + (done << PAGE_SHIFT) & (1 << 64) - 1
-            range_.size -= done << PAGE_SHIFT
+            npages = proc.pages_before_signal(size >> PAGE_SHIFT, _LOOKS_PER_FAULT)
+            done = yield from _pre_fault(vcpu, proc, gpa >> PAGE_SHIFT, npages)
+            proc.looked((done - 1) * _LOOKS_PER_FAULT)
+            gpa = gpa + (done << PAGE_SHIFT) & (1 << 64) - 1
+            size -= done << PAGE_SHIFT
+            range_.gpa, range_.size = gpa, size
             some = True
     except KernelError:
         if not some:
@@ -156,9 +159,9 @@ def _pre_fault(vcpu: "KvmVcpu", proc: "Process", gfn: int, npages: int) -> Steps
     kvm = vcpu.kvm
     if not kvm.arch.pre_fault_allowed:
         raise KernelError(EOPNOTSUPP, "the VM may not prefault before it is launched")
-    error_code = int(PfErr.GUEST_FINAL)
+    error_code = _GUEST_FINAL
     if kvm.arch.has_private_mem and kvm_mem_is_private(kvm, Gfn(gfn)):
-        error_code |= PfErr.PRIVATE_ACCESS
+        error_code |= _PRIVATE_ACCESS
     while True:
         if proc.signal_pending():
             raise KernelError(EINTR, "signal while prefaulting")
@@ -198,13 +201,14 @@ def _do_page_fault(
     npages > 1 is a prefault that may map a run: what the loop over single faults would map.
     """
     kvm = vcpu.kvm
-    is_private = bool(error_code & PfErr.PRIVATE_ACCESS)
+    is_private = bool(error_code & _PRIVATE_ACCESS)
     outcome, level, mapped = "", 0, 0
     try:
         result, level, mapped = yield from _direct_page_fault(
             vcpu, gfn, npages, error_code, is_private, prefetch
         )
-        outcome = result.name
+        if kvm.linux.tp.emit:
+            outcome = result.name
         if result is RetPf.EMULATE and is_private:
             kvm_prepare_memory_fault_exit(vcpu, gfn, is_private=True)
             raise KernelError(EFAULT, f"private GFN {gfn:#x} cannot be emulated")
@@ -228,7 +232,7 @@ def _direct_page_fault(
     kvm = vcpu.kvm
     slot = kvm.gfn_to_memslot(gfn)
     mmu_seq = kvm.mmu_invalidate_seq
-    yield from preempt("fault: mmu_seq snapshot")
+    yield _MMU_SEQ_TAKEN
     if is_private != kvm_mem_is_private(kvm, gfn):
         kvm_prepare_memory_fault_exit(vcpu, gfn, is_private=is_private)
         wanted = "private" if is_private else "shared"
@@ -245,10 +249,10 @@ def _direct_page_fault(
     if kvm.mmu_invalidate_retry_gfn(mmu_seq, gfn):
         return RetPf.RETRY, 0, 0
     npages = min(npages, slot.end_gfn - gfn, kvm.mem_attr.run(gfn)[1] - gfn)
-    write = bool(error_code & PfErr.WRITE)
+    write = bool(error_code & _WRITE)
     if is_private or slot.gmem_only:
         found = yield from _faultin_pfn_gmem(vcpu, slot, gfn, npages, is_private)
-    elif write and slot.flags & MemFlag.READONLY:
+    elif write and slot.flags & _READONLY:
         return RetPf.EMULATE, 0, 0
     else:
         found = yield from _faultin_pfn_hva(kvm, slot, gfn, npages, write)
@@ -291,7 +295,7 @@ def _faultin_pfn_gmem(
         if npages < held:
             kvm.linux.page_alloc.put_pages(pfn, held)
             kvm.linux.page_alloc.get_pages(pfn, npages)
-    return _Mapping(pfn, npages, level, writable=not slot.flags & MemFlag.READONLY, gmem=True)
+    return _Mapping(pfn, npages, level, writable=not slot.flags & _READONLY, gmem=True)
 
 
 def _faultin_pfn_hva(
@@ -299,7 +303,7 @@ def _faultin_pfn_hva(
 ) -> Steps[_Mapping]:
     """__kvm_mmu_faultin_pfn(): the page behind the slot's user address; any failure is
     EFAULT."""
-    writable = not slot.flags & MemFlag.READONLY
+    writable = not slot.flags & _READONLY
     hva = slot.hva(gfn)
     try:
         runs = yield from get_user_pages(kvm.mm, hva, npages, write=writable)
@@ -352,8 +356,9 @@ def _map(
         and held.writable >= found.writable
     ):
         return RetPf.SPURIOUS, held.level, base + count - gfn
-    _split_leaf(kvm, base, level)
-    _split_leaf(kvm, base + count - 1, level)
+    if held is not None or count > 1:
+        _split_leaf(kvm, base, level)
+        _split_leaf(kvm, base + count - 1, level)
     tdp_mmu_map(kvm, base, pfn, count, level, writable=found.writable)
     return RetPf.FIXED, level, base + count - gfn
 
@@ -374,6 +379,6 @@ def _max_mapping_level(
         if not slot.lpage_disallowed(gfn, level) and not kvm_hugepage_mixed(kvm, gfn, level):
             break
         level = PgLevel(level - 1)
-    if slot.flags & MemFlag.LOG_DIRTY_PAGES:
+    if slot.flags & _LOG_DIRTY_PAGES:
         return PgLevel.PG_4K
     return level

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from softcvm.abi.ghcb import GhcbError, GhcbExit, IoioInfo
 from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.kvm.vcpu import KvmCpuidEntry2, MpState
+from softcvm.kernel.arch.x86.kvm.svm.msr import msr_interception
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info
-from softcvm.kernel.arch.x86.kvm.x86 import kvm_emulate_hypercall
+from softcvm.kernel.arch.x86.kvm.x86 import kvm_emulate_hypercall, kvm_vcpu_has_events
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.sim.addr import PAGE_SIZE
 from softcvm.sim.steps import Steps
@@ -55,8 +56,7 @@ def svm_invoke_exit_handler(vcpu: "KvmVcpu", code: GhcbExit) -> Steps[int]:
         case GhcbExit.IOIO:
             return (yield from _io_interception(vcpu))
         case GhcbExit.MSR:
-            # RDMSR and WRMSR of a guest whose registers KVM cannot see: regs.py answers user space only.
-            raise Unmodelled(f"VMGEXIT MSR {vcpu.arch.regs.rcx:#x}")
+            return msr_interception(vcpu)
         case GhcbExit.VMMCALL:
             return _vmmcall_interception(vcpu)
         case GhcbExit.READ_DR7 | GhcbExit.WRITE_DR7:
@@ -134,7 +134,8 @@ def kvm_emulate_ap_reset_hold(vcpu: "KvmVcpu") -> int:
 def _halt(vcpu: "KvmVcpu", state: MpState, reason: KvmExit) -> int:
     """__kvm_emulate_halt(): wait in the kernel if the local APIC is there, else let user space wait."""
     if vcpu.kvm.arch.irqchip:
-        vcpu.arch.mp_state = state
+        if not kvm_vcpu_has_events(vcpu):
+            vcpu.arch.mp_state = state
         return 1
     vcpu.run.exit_reason = reason
     return 0

@@ -2,7 +2,7 @@
 
 Owns the dispatch and the checks of the GHCB protocol; a mistake of the guest is answered to the guest.
 Page-state changes are psc.py, the instructions that KVM emulates for the guest (CPUID, MSR, port I/O,
-MMIO) emulate.py, requests to firmware guest_request.py.
+MMIO) emulate.py, requests to firmware guest_request.py, starting other vCPUs ap.py.
 
 Every field of the page is read once, into VcpuSevEs, and only that copy is checked and used.
 """
@@ -30,7 +30,7 @@ from softcvm.abi.ghcb import (
     sev_info as ghcb_msr_sev_info,
 )
 from softcvm.abi.kvm.run import KvmExit, SystemEvent
-from softcvm.kernel.arch.x86.kvm.svm import emulate, guest_request, psc
+from softcvm.kernel.arch.x86.kvm.svm import ap, emulate, guest_request, psc
 from softcvm.kernel.arch.x86.kvm.svm.ghcb_page import (
     GhcbPage,
     Scratch,
@@ -39,10 +39,11 @@ from softcvm.kernel.arch.x86.kvm.svm.ghcb_page import (
     kvm_write_guest,
 )
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info, sev_snp_guest
-from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.errors import KernelError
+from softcvm.kernel.locks import Rank
 from softcvm.sim.addr import PAGE_MASK, Gpa
 from softcvm.sim.state import State
-from softcvm.sim.steps import Steps
+from softcvm.sim.steps import Lockdep, Mutex, Steps
 
 if TYPE_CHECKING:
     from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
@@ -79,9 +80,15 @@ class VcpuSevEs(State):
         "psc",
         "string_io",
         "ap_reset_hold",
+        "received_first_sipi",
+        "snp_pending_vmsa_gpa",
+        "snp_guest_vmsa_gpa",
+        "snp_ap_waiting_for_reset",
+        "snp_has_guest_vmsa",
     )
+    derived = {"snp_vmsa_mutex": "free at quiescent points"}
 
-    def __init__(self) -> None:
+    def __init__(self, lockdep: Lockdep) -> None:
         self.ghcb: GhcbPage | None = None
         self.ghcb_registered_gpa: Gpa | None = None
         self.valid_bitmap = bytes(16)
@@ -94,6 +101,14 @@ class VcpuSevEs(State):
         self.string_io: emulate.StringIo | None = None
         self.ap_reset_hold: GhcbMsr | GhcbExit | None = None
         """By which request the vCPU waits for a SIPI."""
+        self.received_first_sipi = False
+        self.snp_vmsa_mutex = Mutex(lockdep, "snp_vmsa_mutex", Rank.SNP_VMSA_MUTEX)
+        """Around the four below, which another vCPU sets (ap.py)."""
+        self.snp_pending_vmsa_gpa: Gpa | None = None
+        self.snp_guest_vmsa_gpa: Gpa | None = None
+        self.snp_ap_waiting_for_reset = False
+        self.snp_has_guest_vmsa = False
+        """The guest gave a VMSA at least once: KVM's own page is never used again."""
 
     def is_valid(self, *fields: str) -> bool:
         """Whether the guest marked all of these fields as supplied."""
@@ -263,7 +278,7 @@ def _dispatch(vcpu: "KvmVcpu") -> Steps[int]:
         case GhcbExit.EXT_GUEST_REQUEST:
             return (yield from guest_request.snp_handle_ext_guest_req(vcpu))
         case GhcbExit.AP_CREATION:
-            raise Unmodelled("VMGEXIT AP_CREATION")
+            return (yield from ap.sev_snp_ap_creation(vcpu))
         case GhcbExit.UNSUPPORTED_EVENT:
             raise KernelError(
                 EINVAL,

@@ -62,6 +62,9 @@ def sev_gmem_prepare(kvm: "Kvm", pfn: Pfn, gfn: Gfn, npages: int, max_order: int
     """
     if not sev_snp_guest(kvm):
         return
+    if kvm.linux.snp.prepare_blindly:
+        _prepare_blindly(kvm, pfn, gfn, npages)
+        return
     if max_order < _PMD_ORDER:
         for run in _lookup(kvm.linux, pfn, npages):
             if not run.assigned:
@@ -81,6 +84,24 @@ def sev_gmem_prepare(kvm: "Kvm", pfn: Pfn, gfn: Gfn, npages: int, max_order: int
             _prepare_in_2m(kvm, pfn, gfn, stop - pfn)
         gfn = Gfn(gfn + stop - pfn)
         pfn = stop
+
+
+def _prepare_blindly(kvm: "Kvm", pfn: Pfn, gfn: Gfn, npages: int) -> None:
+    """SnpHost.prepare_blindly: no lookup.  EIO, with the VM dead, for a page that turns out to be assigned."""
+    sev = kvm.arch.sev
+    assert sev is not None
+    try:
+        rmp_make_private(
+            kvm.linux,
+            pfn,
+            gfn_to_gpa(gfn),
+            PgLevel.PG_4K,
+            sev.asid,
+            immutable=False,
+            count=npages,
+        )
+    except KernelError as error:
+        raise kvm.bug(f"prepare of GFN {gfn:#x} PFN {pfn:#x}: {error.why}") from error
 
 
 def _whole_unassigned(linux: "Linux", pfn: Pfn, end: int) -> int:

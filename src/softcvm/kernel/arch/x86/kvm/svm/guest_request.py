@@ -1,15 +1,17 @@
 """Guest requests: messages that a guest exchanges with firmware (arch/x86/kvm/svm/sev.c, v7.2).
 
 The guest names two shared pages; firmware is given bounce pages of KVM's instead, because it writes only
-to Firmware pages and a guest could name anything.  KVM cannot read the messages.
+to Firmware pages and a guest could name anything.  KVM cannot read the messages.  Certificates, which go
+with a report, are user space's; it is asked for them where it said that it wants to be (7.0).
 
 Lock: sev->guest_req_mutex, one request of a VM at a time.
 """
 
-from errno import EIO
+from errno import EAGAIN, EINVAL, EIO, ENOSPC
 from typing import TYPE_CHECKING
 
-from softcvm.abi.ghcb import GhcbError
+from softcvm.abi.ghcb import GhcbError, GuestRequestError
+from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.snp_firmware import SnpCmd, SnpGuestRequest
 from softcvm.kernel.arch.x86.kvm.svm.ghcb_page import kvm_read_guest, kvm_write_guest
 from softcvm.kernel.arch.x86.kvm.svm.sev import sev_issue_cmd
@@ -70,8 +72,7 @@ def snp_handle_guest_req(vcpu: "KvmVcpu") -> Steps[int]:
 def snp_handle_ext_guest_req(vcpu: "KvmVcpu") -> Steps[int]:
     """A report request with certificates: KVM has none to give and answers with an empty table.
 
-    With KVM_SEV_SNP_ENABLE_REQ_CERTS (7.0) user space would be asked; that is Unmodelled where it is
-    enabled.
+    After KVM_SEV_SNP_ENABLE_REQ_CERTS user space is asked to fill RBX pages at RAX first.
     """
     from softcvm.kernel.arch.x86.kvm.svm.ghcb import ghcb_reply_error
 
@@ -80,12 +81,41 @@ def snp_handle_ext_guest_req(vcpu: "KvmVcpu") -> Steps[int]:
     if msg_type == _MSG_REPORT_REQ:
         if not sev_es.is_valid("rax", "rbx") or regs.rax & PAGE_MASK:
             return ghcb_reply_error(vcpu, GhcbError.INVALID_INPUT)
+        if sev_info(vcpu.kvm).snp_certs_enabled:
+            run = vcpu.run
+            run.exit_reason = KvmExit.SNP_REQ_CERTS
+            run.snp_req_certs_gpa, run.snp_req_certs_npages = regs.rax, regs.rbx
+            run.snp_req_certs_ret = 0
+            vcpu.arch.complete_userspace_io = _complete_req_certs
+            return 0
         if regs.rbx:
             try:
                 yield from kvm_write_guest(vcpu.kvm, Gpa(regs.rax), _CERT_TABLE_END)
             except KernelError as error:
                 raise KernelError(EIO, error.why) from error
     return (yield from snp_handle_guest_req(vcpu))
+
+
+_CERTS_REFUSED = {
+    ENOSPC: GuestRequestError.INVALID_LENGTH,
+    EAGAIN: GuestRequestError.BUSY,
+    EIO: GuestRequestError.GENERIC,
+}
+
+
+def _complete_req_certs(vcpu: "KvmVcpu") -> Steps[int]:
+    """User space has filled in the certificates, or says why not.  EINVAL: anything else it says."""
+    run, sev_es = vcpu.run, vcpu.arch.svm.sev_es
+    ret = run.snp_req_certs_ret
+    if not ret:
+        return (yield from snp_handle_guest_req(vcpu))
+    if ret not in _CERTS_REFUSED:
+        raise KernelError(EINVAL, f"snp_req_certs.ret {ret:#x}")
+    if ret == ENOSPC:
+        vcpu.arch.regs.rbx = run.snp_req_certs_npages
+    assert sev_es.ghcb is not None
+    sev_es.ghcb.set(sw_exit_info_2=_CERTS_REFUSED[ret] << 32)
+    return 1
 
 
 def _read(vcpu: "KvmVcpu", gpa: int, length: int) -> Steps[bytes]:

@@ -44,9 +44,9 @@ from softcvm.kernel.arch.x86.kvm.svm.sev import (
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info, sev_snp_guest
 from softcvm.kernel.arch.x86.kvm.svm.vmsa import sev_es_sync_vmsa
 from softcvm.kernel.arch.x86.virt.svm.sev import rmp_make_private, snp_lookup_rmpentry
-from softcvm.kernel.drivers.crypto.ccp.sev_dev import SevFwError
+from softcvm.kernel.drivers.crypto.ccp.sev_dev import SevFwError, psp_copy_user_blob
 from softcvm.kernel.errors import KernelError
-from softcvm.kernel.mm.uaccess import UserPtr, copy_from_user
+from softcvm.kernel.mm.uaccess import UserPtr
 from softcvm.kernel.virt.kvm.gmem_pfn import PopulateSource, kvm_gmem_populate
 from softcvm.sim.addr import (
     PAGE_MASK,
@@ -76,12 +76,8 @@ __all__ = (
     "snp_launch_update_revert",
 )
 
-_POLICY_VALID = (
-    0xFFFF
-    | GuestPolicy.SMT
-    | GuestPolicy.RSVD_MBO
-    | GuestPolicy.DEBUG
-    | GuestPolicy.SINGLE_SOCKET
+_POLICY_VALID = 0xFFFF | int(
+    GuestPolicy.SMT | GuestPolicy.RSVD_MBO | GuestPolicy.DEBUG | GuestPolicy.SINGLE_SOCKET
 )
 """Policy bits KVM lets through on this firmware; from 6.19 on it adds those that firmware 1.58 knows."""
 
@@ -304,11 +300,11 @@ def snp_launch_finish(kvm: "Kvm", proc: "Process", cmd: KvmSevCmd) -> Steps[None
         if params.id_block_en:
             data.id_block_en = 1
             block = yield from _copy_user_blob(
-                kvm, proc, params.id_block_uaddr, KVM_SEV_SNP_ID_BLOCK_SIZE, blobs
+                proc, params.id_block_uaddr, KVM_SEV_SNP_ID_BLOCK_SIZE, blobs
             )
             data.id_block_paddr = pfn_to_spa(block)
             auth = yield from _copy_user_blob(
-                kvm, proc, params.id_auth_uaddr, KVM_SEV_SNP_ID_AUTH_SIZE, blobs
+                proc, params.id_auth_uaddr, KVM_SEV_SNP_ID_AUTH_SIZE, blobs
             )
             data.id_auth_paddr = pfn_to_spa(auth)
             data.auth_key_en = int(bool(params.auth_key_en))
@@ -362,15 +358,7 @@ def _measure_vmsa(kvm: "Kvm", proc: "Process", cmd: KvmSevCmd, vcpu: "KvmVcpu") 
     vcpu.arch.guest_state_protected = True
 
 
-def _copy_user_blob(
-    kvm: "Kvm", proc: "Process", uaddr: int, size: int, blobs: list[Pfn]
-) -> Steps[Pfn]:
-    """psp_copy_user_blob(): a kernel copy whose address firmware can be given.  EINVAL, EFAULT, ENOMEM."""
-    if not uaddr:
-        raise KernelError(EINVAL, "no address for an ID block")
-    data = yield from copy_from_user(proc.mm, Hva(uaddr), size)
-    linux = kvm.linux
-    pfn = linux.page_alloc.alloc_pages()
+def _copy_user_blob(proc: "Process", uaddr: int, size: int, blobs: list[Pfn]) -> Steps[Pfn]:
+    pfn, _ = yield from psp_copy_user_blob(proc, uaddr, size)
     blobs.append(pfn)
-    linux.soc.host_write(pfn_to_spa(pfn), data, linux.snp.direct_map.level(pfn))
     return pfn

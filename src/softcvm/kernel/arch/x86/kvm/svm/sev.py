@@ -1,12 +1,14 @@
 """SEV in KVM: KVM_MEMORY_ENCRYPT_OP, initialising a VM for it, and taking it down (arch/x86/kvm/svm/sev.c, v7.2).
 
-Owns the order of checks of the ioctl and the life of a guest context.  The launch commands are launch.py,
-ASIDs asid.py, guest_memfd's hooks gmem.py, VMSA pages vmsa.py.  Plain SEV and SEV-ES VMs can be initialised
-and destroyed; their launch, migration and debug commands are Unmodelled.
+Owns the order of checks of the ioctl and the life of a guest context.  SNP's launch commands are launch.py,
+those of SEV and SEV-ES sev_launch.py and sev_dbg.py, their memory sev_regions.py, several VMs on one ASID
+sev_migrate.py, ASIDs asid.py, guest_memfd's hooks gmem.py, VMSA pages vmsa.py.  SEND, RECEIVE and attestation
+reports of SEV are Unmodelled.
 
 Locks: kvm->lock around every command; below it sev_bitmap_lock, sev_deactivate_lock, sev_cmd_mutex.
 """
 
+from contextlib import suppress
 from errno import EBADF, EINVAL, EIO, ENOTTY, EPERM
 from typing import TYPE_CHECKING
 
@@ -14,15 +16,18 @@ from softcvm.abi.ghcb import GHCB_VERSION_DEFAULT, GHCB_VERSION_MAX, GHCB_VERSIO
 from softcvm.abi.kvm.memory import VmType
 from softcvm.abi.layout import Layout
 from softcvm.abi.sev import KvmSevCmd, KvmSevInit, SevCmdId
-from softcvm.abi.snp_firmware import SnpAddr, SnpCmd, SnpPageReclaim
+from softcvm.abi.sev_firmware import SevDeactivate, SevDecommission
+from softcvm.abi.snp_firmware import SevCmd, SnpAddr, SnpCmd, SnpPageReclaim
 from softcvm.abi.svm import SevFeatures
 from softcvm.kernel.arch.x86.kvm.svm.asid import SevAsids
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import (
     KvmSevInfo,
+    is_mirroring_enc_context,
     sev_guest,
     sev_info,
     sev_snp_guest,
 )
+from softcvm.kernel.arch.x86.kvm.svm.sev_regions import sev_unpin_regions
 from softcvm.kernel.arch.x86.virt.svm.sev import rmp_make_shared, snp_leak_pages
 from softcvm.kernel.drivers.crypto.ccp.firmware_pages import (
     snp_alloc_firmware_pages,
@@ -32,7 +37,7 @@ from softcvm.kernel.drivers.crypto.ccp.sev_dev import SevFwError, sev_do_cmd, se
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.fs.file import FileKind
 from softcvm.sim.addr import Asid, Pfn, PgLevel, pages_per_level, pfn_to_spa
-from softcvm.sim.steps import Steps
+from softcvm.sim.steps import Mutex, Steps
 
 if TYPE_CHECKING:
     from softcvm.kernel.host import Linux
@@ -43,8 +48,10 @@ if TYPE_CHECKING:
 __all__ = (
     "KvmSevInfo",
     "kvm_rmp_make_shared",
+    "sev_decommission",
     "sev_issue_cmd",
     "sev_mem_enc_ioctl",
+    "sev_unbind_asid",
     "sev_vm_destroy",
     "snp_context_create",
     "snp_decommission_context",
@@ -61,14 +68,16 @@ def sev_mem_enc_ioctl(
 ) -> Steps[int]:
     """Dispatch a struct kvm_sev_cmd; a known command's struct is copied back even when it fails.
 
-    0 for a NULL argument (how user space probes for SEV).  EPERM: a SEV command on an SNP VM.
-    EINVAL: no such command.
+    0 for a NULL argument (how user space probes for SEV).  EINVAL: not for a mirror VM.  EPERM: a SEV
+    command on an SNP VM.  EINVAL: no such command.
     """
     if argp.is_null:
         return 0
     cmd = KvmSevCmd((yield from argp.read(KvmSevCmd.SIZE)))
     yield from kvm.lock.acquire()
     try:
+        if is_mirroring_enc_context(kvm) and cmd.id not in _ALLOWED_FROM_MIRROR:
+            raise KernelError(EINVAL, f"SEV command {cmd.id} on a mirror VM")
         if sev_snp_guest(kvm) and cmd.id < SevCmdId.SNP_LAUNCH_START:
             raise KernelError(EPERM, f"SEV command {cmd.id} on an SNP VM")
         failed: KernelError | None = None
@@ -98,8 +107,17 @@ _NO_COMMAND = (
 """In the header, and never implemented."""
 
 
+_ALLOWED_FROM_MIRROR = (
+    SevCmdId.LAUNCH_UPDATE_VMSA,
+    SevCmdId.GUEST_STATUS,
+    SevCmdId.DBG_DECRYPT,
+    SevCmdId.DBG_ENCRYPT,
+)
+"""is_cmd_allowed_from_mirror()"""
+
+
 def _dispatch(asids: SevAsids, kvm: "Kvm", proc: "Process", cmd: KvmSevCmd) -> Steps[None]:
-    from softcvm.kernel.arch.x86.kvm.svm import launch
+    from softcvm.kernel.arch.x86.kvm.svm import launch, sev_dbg, sev_launch
 
     known = cmd.id in SevCmdId.__members__.values() and cmd.id not in _NO_COMMAND
     if not known or (
@@ -119,9 +137,26 @@ def _dispatch(asids: SevAsids, kvm: "Kvm", proc: "Process", cmd: KvmSevCmd) -> S
             yield from launch.snp_launch_finish(kvm, proc, cmd)
         case SevCmdId.SNP_ENABLE_REQ_CERTS if not sev_snp_guest(kvm) or kvm.created_vcpus:
             raise KernelError(EINVAL, "certificate requests are for SNP VMs without vCPUs")
-        case SevCmdId.LAUNCH_UPDATE_VMSA if not sev_info(kvm).es_active:
-            raise KernelError(ENOTTY, "LAUNCH_UPDATE_VMSA on a VM that is not SEV-ES")
-        case other if other is not SevCmdId.SNP_ENABLE_REQ_CERTS and not sev_guest(kvm):
+        case SevCmdId.SNP_ENABLE_REQ_CERTS:
+            sev_info(kvm).snp_certs_enabled = True
+        case SevCmdId.LAUNCH_START:
+            yield from sev_launch.sev_launch_start(asids, kvm, proc, cmd)
+        case SevCmdId.LAUNCH_UPDATE_DATA:
+            yield from sev_launch.sev_launch_update_data(kvm, proc, cmd)
+        case SevCmdId.LAUNCH_UPDATE_VMSA:
+            yield from sev_launch.sev_launch_update_vmsa(kvm, proc, cmd)
+        case SevCmdId.LAUNCH_MEASURE:
+            yield from sev_launch.sev_launch_measure(kvm, proc, cmd)
+        case SevCmdId.LAUNCH_SECRET:
+            yield from sev_launch.sev_launch_secret(kvm, proc, cmd)
+        case SevCmdId.LAUNCH_FINISH:
+            yield from sev_launch.sev_launch_finish(kvm, proc, cmd)
+        case SevCmdId.GUEST_STATUS:
+            yield from sev_launch.sev_guest_status(kvm, proc, cmd)
+        case SevCmdId.DBG_DECRYPT | SevCmdId.DBG_ENCRYPT:
+            decrypt = cmd.id == SevCmdId.DBG_DECRYPT
+            yield from sev_dbg.sev_dbg_crypt(kvm, proc, cmd, decrypt=decrypt)
+        case other if not sev_guest(kvm):
             raise KernelError(ENOTTY, f"{other.name} on a VM that is not SEV")
         case other:
             raise Unmodelled(f"KVM_MEMORY_ENCRYPT_OP {other.name}")
@@ -165,7 +200,7 @@ def _guest_init(
     if es_active and not sev.ghcb_version:
         sev.ghcb_version = GHCB_VERSION_DEFAULT
     if vm_type is VmType.SNP:
-        sev.vmsa_features |= SevFeatures.SNP_ACTIVE
+        sev.vmsa_features |= int(SevFeatures.SNP_ACTIVE)
     try:
         sev.asid = yield from asids.new(es_active=es_active)
         try:
@@ -241,7 +276,12 @@ def _read(proc: "Process", cmd: KvmSevCmd, size: int) -> Steps[bytes]:
 
 
 def sev_issue_cmd(
-    kvm: "Kvm", proc: "Process", fd: int, command: SnpCmd, data: Layout, cmd: KvmSevCmd | None
+    kvm: "Kvm",
+    proc: "Process",
+    fd: int,
+    command: SnpCmd | SevCmd,
+    data: Layout,
+    cmd: KvmSevCmd | None,
 ) -> Steps[None]:
     """__sev_issue_cmd(): the caller proves by a /dev/sev file that it may talk to firmware.
 
@@ -257,6 +297,29 @@ def sev_issue_cmd(
         raise
     if cmd is not None:
         cmd.error = 0
+
+
+def sev_decommission(linux: "Linux", handle: int) -> Steps[None]:
+    """Let firmware forget a SEV guest.  Linux does not look at the result."""
+    if not handle:
+        return
+    with suppress(KernelError):
+        yield from sev_do_cmd(linux, SevCmd.DECOMMISSION, SevDecommission(handle=handle))
+
+
+def sev_unbind_asid(asids: SevAsids, linux: "Linux", handle: int) -> Steps[None]:
+    """DEACTIVATE and DECOMMISSION.  DEACTIVATE takes back the WBINVD that a flush of ASIDs relies on, so it
+    waits for one; its result is not looked at either.
+    """
+    if not handle:
+        return
+    yield from asids.sev_deactivate_lock.acquire_read()
+    try:
+        with suppress(KernelError):
+            yield from sev_do_cmd(linux, SevCmd.DEACTIVATE, SevDeactivate(handle=handle))
+    finally:
+        asids.sev_deactivate_lock.release_read()
+    yield from sev_decommission(linux, handle)
 
 
 def snp_context_create(kvm: "Kvm", proc: "Process", cmd: KvmSevCmd) -> Steps[Pfn]:
@@ -331,8 +394,10 @@ def snp_page_reclaim(kvm: "Kvm", pfn: Pfn) -> Steps[None]:
 # Teardown
 
 
-def sev_vm_destroy(asids: SevAsids, kvm: "Kvm") -> Steps[None]:
-    """After the vCPUs are gone: flush, let firmware forget the guest, free the ASID.
+def sev_vm_destroy(asids: SevAsids, mirror_lock: Mutex, kvm: "Kvm") -> Steps[None]:
+    """After the vCPUs are gone: flush, unpin, let firmware forget the guest, free the ASID.
+
+    A mirror has nothing but its reference to the owner, whose the ASID is.
 
     guest_memfd pages may outlive this with RMP entries of the ASID; if firmware does not let go of the
     guest the ASID is leaked.  Linux from 6.17 flushes only CPUs that ran the VM; vCPUs of the model are
@@ -341,11 +406,31 @@ def sev_vm_destroy(asids: SevAsids, kvm: "Kvm") -> Steps[None]:
     sev = sev_info(kvm)
     if not sev.active:
         return
+    if sev.mirror_vms:
+        kvm.linux.warn("sev_vm_destroy", f"VM {kvm.id} still has mirrors")
+    if is_mirroring_enc_context(kvm):
+        yield from _drop_mirror(mirror_lock, kvm)
+        return
     kvm.linux.soc.caches.wbinvd_on_all_cpus()
+    sev_unpin_regions(kvm)
     if sev_snp_guest(kvm):
         yield from _snp_guest_req_cleanup(kvm)
         try:
             yield from snp_decommission_context(asids, kvm)
         except KernelError:
             return  # warned of above
+    else:
+        yield from sev_unbind_asid(asids, kvm.linux, sev.handle)
     yield from asids.free(sev.asid)
+
+
+def _drop_mirror(mirror_lock: Mutex, kvm: "Kvm") -> Steps[None]:
+    """A mirror leaves its owner's list and puts its reference, perhaps the owner's last."""
+    sev = sev_info(kvm)
+    yield from mirror_lock.acquire()
+    owner = sev.enc_context_owner
+    assert owner is not None
+    sev_info(owner).mirror_vms.remove(kvm)
+    sev.enc_context_owner = None
+    mirror_lock.release()
+    yield from owner.put()

@@ -6,7 +6,7 @@ instruction emulator.
 """
 
 from collections.abc import Callable
-from errno import EINVAL, ENOTTY, ENXIO
+from errno import EINVAL, ENXIO
 from typing import TYPE_CHECKING
 
 from softcvm.abi.insn import Hlt, Program
@@ -17,7 +17,13 @@ from softcvm.abi.svm import ExitCode, PfErr
 from softcvm.hw.cpu.core import Core
 from softcvm.hw.cpu.scripted import ScriptedCore
 from softcvm.hw.cpu.vmcb import Vmcb
+from softcvm.kernel.arch.x86.kvm.lapic import kvm_apic_has_pending_init_or_sipi
 from softcvm.kernel.arch.x86.kvm.svm import gmem
+from softcvm.kernel.arch.x86.kvm.svm.ap import (
+    sev_es_init_vmcb,
+    sev_snp_init_protected_guest_state,
+    sev_vcpu_deliver_sipi_vector,
+)
 from softcvm.kernel.arch.x86.kvm.svm.asid import SevAsids
 from softcvm.kernel.arch.x86.kvm.svm.emulate import kvm_emulate_halt
 from softcvm.kernel.arch.x86.kvm.svm.ghcb import (
@@ -38,11 +44,20 @@ from softcvm.kernel.arch.x86.kvm.svm.sev_info import (
     sev_info,
     sev_snp_guest,
 )
+from softcvm.kernel.arch.x86.kvm.svm.sev_migrate import (
+    sev_vm_copy_enc_context_from,
+    sev_vm_move_enc_context_from,
+)
+from softcvm.kernel.arch.x86.kvm.svm.sev_regions import (
+    sev_mem_enc_register_region,
+    sev_mem_enc_unregister_region,
+)
 from softcvm.kernel.arch.x86.kvm.svm.vmsa import sev_free_vcpu, sev_vcpu_create
 from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.locks import Rank
 from softcvm.sim.addr import Gfn, Gpa, Pfn
 from softcvm.sim.state import State
-from softcvm.sim.steps import Steps
+from softcvm.sim.steps import Lockdep, Mutex, Steps, preempt
 
 if TYPE_CHECKING:
     from softcvm.hw.npt import Npt
@@ -53,8 +68,10 @@ if TYPE_CHECKING:
     from softcvm.kernel.task import Process
     from softcvm.kernel.virt.kvm.kvm_main import Kvm, KvmVcpu
 
-__all__ = ("NewCore", "SvmOps", "VcpuSvm", "svm_init")
+__all__ = ("NewCore", "SvmOps", "VcpuSvm")
 
+_GUEST_ENC, _PRIVATE_ACCESS = int(PfErr.GUEST_ENC), int(PfErr.PRIVATE_ACCESS)
+_RMP = int(PfErr.RMP)
 NewCore = Callable[["Soc", int], Core]
 """What executes a vCPU: given the silicon and the vCPU's id."""
 
@@ -73,10 +90,10 @@ class VcpuSvm(State):
 
     saved = ("vmcb", "vmsa", "sev_es", "cpl", "ran", "core")
 
-    def __init__(self, npt: "Npt", core: Core) -> None:
+    def __init__(self, npt: "Npt", core: Core, lockdep: Lockdep) -> None:
         self.vmcb = Vmcb(0, npt)
         self.vmsa: Pfn | None = None
-        self.sev_es = VcpuSevEs()
+        self.sev_es = VcpuSevEs(lockdep)
         self.cpl = 0
         self.ran = False
         """Entered at least once: its translations were flushed then (pre_sev_run())."""
@@ -92,6 +109,7 @@ class SvmOps(State):
     saved = ("asids",)
     derived = {
         "linux": "the host",
+        "sev_mirror_lock": "free at quiescent points",
         "new_core": "guests' code comes from outside",
         "_cores": "as new_core",
     }
@@ -99,6 +117,8 @@ class SvmOps(State):
     def __init__(self, linux: "Linux") -> None:
         self.linux = linux
         self.asids = SevAsids(linux)
+        self.sev_mirror_lock = Mutex(linux.lockdep, "sev_mirror_lock", Rank.SEV_MIRROR_LOCK)
+        """Around every VM's mirror_vms and enc_context_owner."""
         self.new_core: NewCore = lambda soc, _: ScriptedCore(soc, _halted)
         self._cores: dict[int, NewCore] = {}
 
@@ -122,7 +142,7 @@ class SvmOps(State):
 
     def vm_destroy(self, kvm: "Kvm") -> Steps[None]:
         self._cores.pop(kvm.id, None)
-        yield from sev_vm_destroy(self.asids, kvm)
+        yield from sev_vm_destroy(self.asids, self.sev_mirror_lock, kvm)
 
     def vcpu_precreate(self, kvm: "Kvm") -> None:
         """sev_vcpu_precreate() has nothing to refuse; INIT2 does not come after vCPUs."""
@@ -131,7 +151,8 @@ class SvmOps(State):
         """ENOMEM."""
         yield from ()
         kvm = vcpu.kvm
-        vcpu.arch.svm = VcpuSvm(kvm.arch.npt, self._cores[kvm.id](self.linux.soc, vcpu.vcpu_id))
+        core = self._cores[kvm.id](self.linux.soc, vcpu.vcpu_id)
+        vcpu.arch.svm = VcpuSvm(kvm.arch.npt, core, self.linux.lockdep)
         sev_vcpu_create(vcpu)
         if sev_es_guest(kvm):
             sev_es_vcpu_reset(vcpu)
@@ -148,13 +169,24 @@ class SvmOps(State):
         return (yield from svm_vcpu_run(vcpu))
 
     def vcpu_pre_run(self, vcpu: "KvmVcpu") -> None:
-        """sev_vcpu_pre_run() has nothing to refuse."""
+        """svm_vcpu_pre_run().  EINVAL: a VM of an SEV type that had no KVM_SEV_INIT2."""
+        if sev_info(vcpu.kvm).need_init:
+            raise KernelError(EINVAL, f"KVM_SEV_INIT2 is due on VM {vcpu.kvm.id}")
 
-    def vcpu_has_events(self, vcpu: "KvmVcpu") -> bool:
-        return False  # AP creation, the only source of events here, is Unmodelled
+    def vcpu_reset(self, vcpu: "KvmVcpu") -> Steps[None]:
+        """svm_vcpu_reset() at INIT"""
+        yield from sev_snp_init_protected_guest_state(vcpu)
+        sev_es_init_vmcb(vcpu)
 
-    def vcpu_accept_events(self, vcpu: "KvmVcpu") -> Steps[None]:
-        yield from ()
+    def vcpu_deliver_sipi_vector(self, vcpu: "KvmVcpu") -> None:
+        if not sev_es_guest(vcpu.kvm):
+            raise Unmodelled("SIPI to a vCPU whose registers KVM sets")
+        sev_vcpu_deliver_sipi_vector(vcpu)
+
+    def vcpu_kick(self, vcpu: "KvmVcpu") -> None:
+        """A reschedule interrupt to the processor that runs the vCPU, if one does."""
+        if vcpu.arch.in_guest:
+            vcpu.arch.svm.vmcb.intr = True
 
     def complete_hypercall(self, vcpu: "KvmVcpu", ret: int) -> None:
         """RAX reaches the guest through the GHCB; RIP is the guest's own to move."""
@@ -182,40 +214,26 @@ class SvmOps(State):
     def mem_enc_register_region(
         self, kvm: "Kvm", proc: "Process", addr: int, size: int
     ) -> Steps[int]:
-        """ENOTTY unless the VM is encrypted."""
-        yield from kvm.lock.acquire()
-        try:
-            if not sev_guest(kvm):
-                raise KernelError(
-                    ENOTTY, "KVM_MEMORY_ENCRYPT_REG_REGION on a VM that is not SEV"
-                )
-            raise Unmodelled("KVM_MEMORY_ENCRYPT_REG_REGION")
-        finally:
-            kvm.lock.release()
+        return (yield from sev_mem_enc_register_region(kvm, proc, addr, size))
 
     def mem_enc_unregister_region(
         self, kvm: "Kvm", proc: "Process", addr: int, size: int
     ) -> Steps[int]:
-        """ENOTTY unless the VM is encrypted; EINVAL for what was never registered, as all is here."""
-        yield from kvm.lock.acquire()
-        try:
-            if not sev_guest(kvm):
-                raise KernelError(
-                    ENOTTY, "KVM_MEMORY_ENCRYPT_UNREG_REGION on a VM that is not SEV"
-                )
-            raise KernelError(EINVAL, f"region {addr:#x} + {size:#x} is not registered")
-        finally:
-            kvm.lock.release()
+        return (yield from sev_mem_enc_unregister_region(kvm, addr, size))
 
     def vm_copy_enc_context_from(
         self, kvm: "Kvm", proc: "Process", source_fd: int
     ) -> Steps[int]:
-        raise Unmodelled("KVM_CAP_VM_COPY_ENC_CONTEXT_FROM")
+        return (
+            yield from sev_vm_copy_enc_context_from(self.sev_mirror_lock, kvm, proc, source_fd)
+        )
 
     def vm_move_enc_context_from(
         self, kvm: "Kvm", proc: "Process", source_fd: int
     ) -> Steps[int]:
-        raise Unmodelled("KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM")
+        return (
+            yield from sev_vm_move_enc_context_from(self.sev_mirror_lock, kvm, proc, source_fd)
+        )
 
     def dev_get_attr(self, group: int, attr: int) -> int:
         """The SEV group has the VMSA features that INIT2 takes.  ENXIO for the rest."""
@@ -237,11 +255,6 @@ class SvmOps(State):
         return None
 
 
-def svm_init(linux: "Linux") -> None:
-    """Load kvm_amd: after sev_platform_init(), so that it knows whether SNP is there."""
-    linux.kvm_x86_ops = SvmOps(linux)
-
-
 # The run loop's body
 
 
@@ -254,10 +267,19 @@ def svm_vcpu_run(vcpu: "KvmVcpu") -> Steps[int]:
     if not sev_snp_guest(kvm):
         raise Unmodelled(f"running a {kvm.arch.vm_type.name} vCPU")
     yield from sev_es_unmap_ghcb(vcpu)
-    if svm.vmcb.vmsa_pa is None and kvm.linux.profile.refuse_vmrun_without_vmsa:
-        return _fail_entry(vcpu)
-    _pre_sev_run(vcpu)
-    yield from svm.core.vmrun(svm.vmcb)
+    vcpu.arch.in_guest = True
+    try:
+        if _exit_request(vcpu):
+            return 1
+        if svm.vmcb.vmsa_pa is None and kvm.linux.profile.refuse_vmrun_without_vmsa:
+            return _fail_entry(vcpu)
+        _pre_sev_run(vcpu)
+        # Interrupts are off: a kick from here on is delivered when the guest runs.
+        yield from preempt("VMRUN")
+        yield from svm.core.vmrun(svm.vmcb)
+    finally:
+        vcpu.arch.in_guest = False
+        svm.vmcb.intr = False
     code = svm.vmcb.exit_code
     if code == ExitCode.INVALID:
         return _fail_entry(vcpu)
@@ -275,6 +297,13 @@ def svm_vcpu_run(vcpu: "KvmVcpu") -> Steps[int]:
             return 0
         case _:
             raise Unmodelled(f"#VMEXIT {code:#x} of an SNP guest")
+
+
+def _exit_request(vcpu: "KvmVcpu") -> bool:
+    """kvm_vcpu_exit_request(): something came up since the run loop looked."""
+    return (
+        vcpu.kvm.vm_dead or bool(vcpu.arch.requests) or kvm_apic_has_pending_init_or_sipi(vcpu)
+    )
 
 
 def _pre_sev_run(vcpu: "KvmVcpu") -> None:
@@ -300,11 +329,11 @@ def _npf_interception(vcpu: "KvmVcpu") -> Steps[int]:
 
     svm = vcpu.arch.svm
     gpa, error_code = Gpa(svm.vmcb.exit_info_2), svm.vmcb.exit_info_1
-    if error_code & PfErr.GUEST_ENC:
-        error_code |= int(PfErr.PRIVATE_ACCESS)
+    if error_code & _GUEST_ENC:
+        error_code |= _PRIVATE_ACCESS
     result = yield from kvm_mmu_page_fault(vcpu, gpa, error_code)
     if result is RetPf.EMULATE:
         raise Unmodelled(f"emulating a shared access to GPA {gpa:#x}, which has no memory")
-    if error_code & PfErr.RMP:
+    if error_code & _RMP:
         yield from gmem.sev_handle_rmp_fault(vcpu, gpa, error_code)
     return 1

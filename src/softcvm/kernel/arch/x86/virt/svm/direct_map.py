@@ -42,7 +42,10 @@ class DirectMap(State):
         """
         if level != PgLevel.PG_4K or count <= 0:
             return
-        for start, end, held in self.levels.runs(pfn, pfn + count):
+        before = self.levels.runs(pfn, pfn + count)
+        if len(before) == 1 and before[0][2] == PgLevel.PG_4K:
+            return
+        for start, end, held in before:
             if held == PgLevel.PG_1G:
                 self._split_1g(start - start % _1G, -(-end // _1G) * _1G)
         for start, end, held in self.levels.runs(pfn, pfn + count):

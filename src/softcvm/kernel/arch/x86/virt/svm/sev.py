@@ -81,9 +81,12 @@ class SnpHost(State):
 
     reject_assigned: row 1.7, the check proposed when SNP support was reviewed in 2021: look a page up
     before it becomes private and refuse if it is assigned already.  No release has it.
+    prepare_blindly: row 4.5, proposed with the gmem hooks in 2023: a page that guest_memfd has just allocated is
+    nobody's, so prepare does not look it up; one that is assigned (which only reject_assigned notices) is a
+    kernel bug.  Makes sense where prepare runs once per page, up to 6.19.  No release has it.
     """
 
-    saved = ("enabled", "reject_assigned", "direct_map")
+    saved = ("enabled", "reject_assigned", "prepare_blindly", "direct_map")
     derived = {
         "linux": "the host, which holds this",
     }
@@ -93,6 +96,7 @@ class SnpHost(State):
         self.enabled = False
         """CC_ATTR_HOST_SEV_SNP"""
         self.reject_assigned = reject_assigned
+        self.prepare_blindly = False
         self.direct_map = DirectMap(linux.soc.memory_pages, linux.counters)
 
 
@@ -146,8 +150,13 @@ def _check_lookup(linux: "Linux", pfn: Pfn, npages: int) -> None:
 
 
 def _lookup(linux: "Linux", start: int, end: int) -> list[RmpLookup]:
+    runs = linux.soc.rmp.map.runs(start, end)
+    if len(runs) == 1:
+        attrs = runs[0][2][0]
+        level = PgLevel.PG_2M if attrs & PAGESIZE else PgLevel.PG_4K
+        return [RmpLookup(Pfn(start), Pfn(end), bool(attrs & ASSIGNED), level)]
     found: list[RmpLookup] = []
-    for s, e, (attrs, _) in linux.soc.rmp.map.runs(start, end):
+    for s, e, (attrs, _) in runs:
         assigned = bool(attrs & ASSIGNED)
         level = PgLevel.PG_2M if attrs & PAGESIZE else PgLevel.PG_4K
         if found and found[-1][2:] == (assigned, level):

@@ -1,0 +1,95 @@
+"""RDMSR and WRMSR that a guest asks for by VMGEXIT (arch/x86/kvm/x86.c, lapic.c, svm/svm.c, v7.2).
+
+Owns the MSRs of the local APIC, by which a guest starts its other processors, and the refusal of those that
+an SEV-ES guest accesses without KVM.  Every other MSR is Unmodelled, by number.
+"""
+
+from typing import TYPE_CHECKING
+
+from softcvm.abi.svm import Vector
+from softcvm.kernel.arch.x86.kvm.cpuid import cpuid_maxphyaddr
+from softcvm.kernel.arch.x86.kvm.lapic import (
+    APIC_BASE_ENABLE,
+    APIC_BASE_EXTD,
+    X2APIC_ICR,
+    X2APIC_ID,
+    kvm_x2apic_icr_write,
+    x2apic_mode,
+)
+from softcvm.kernel.errors import Unmodelled
+
+if TYPE_CHECKING:
+    from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
+
+__all__ = ("msr_interception",)
+
+_U32 = (1 << 32) - 1
+_APIC_BASE = 0x1B
+_APIC_BASE_RESERVED = 0x2FF
+_X2APIC_MSRS = range(0x800, 0x900)
+_CPUID_X2APIC = 1 << 21
+_EVTINJ_GP = Vector.GP | 3 << 8 | 1 << 31
+_PASSED_THROUGH = frozenset(
+    {
+        *(0x174, 0x175, 0x176),  # SYSENTER_CS, ESP, EIP
+        0x277,  # PAT
+        *range(0xC000_0080, 0xC000_0085),  # EFER, STAR, LSTAR, CSTAR, SYSCALL_MASK
+        *range(0xC000_0100, 0xC000_0103),  # FS_BASE, GS_BASE, KERNEL_GS_BASE
+    }
+)
+"""MSRs in the VMSA that KVM does not intercept: it cannot serve them (sev_es_prevent_msr_access())."""
+
+
+def msr_interception(vcpu: "KvmVcpu") -> int:
+    """One access; a refusal is #GP, which the guest raises itself when it finds it in the GHCB."""
+    regs, sev_es = vcpu.arch.regs, vcpu.arch.svm.sev_es
+    index = regs.rcx & _U32
+    if sev_es.info_1:
+        done = _set(vcpu, index, (regs.rdx & _U32) << 32 | regs.rax & _U32)
+    else:
+        value = _get(vcpu, index)
+        done = value is not None
+        if value is not None:
+            regs.rax, regs.rdx = value & _U32, value >> 32
+    if not done:
+        assert sev_es.ghcb is not None
+        sev_es.ghcb.set(sw_exit_info_1=1, sw_exit_info_2=_EVTINJ_GP)
+    return 1
+
+
+def _get(vcpu: "KvmVcpu", index: int) -> int | None:
+    if index in _PASSED_THROUGH or (index in _X2APIC_MSRS and not x2apic_mode(vcpu)):
+        return None
+    match index:
+        case _ if index == _APIC_BASE:
+            return vcpu.arch.sregs.apic_base
+        case _ if index == X2APIC_ID:
+            return vcpu.vcpu_id
+        case _:
+            raise Unmodelled(f"VMGEXIT RDMSR {index:#x}")
+
+
+def _set(vcpu: "KvmVcpu", index: int, value: int) -> bool:
+    if index in _PASSED_THROUGH or (index in _X2APIC_MSRS and not x2apic_mode(vcpu)):
+        return False
+    match index:
+        case _ if index == _APIC_BASE:
+            return _set_apic_base(vcpu, value)
+        case _ if index == X2APIC_ICR:
+            return kvm_x2apic_icr_write(vcpu, value)
+        case _:
+            raise Unmodelled(f"VMGEXIT WRMSR {index:#x}")
+
+
+def _set_apic_base(vcpu: "KvmVcpu", value: int) -> bool:
+    """kvm_apic_set_base(): no way from x2APIC back to xAPIC, nor from off straight to x2APIC."""
+    sregs, mode = vcpu.arch.sregs, APIC_BASE_EXTD | APIC_BASE_ENABLE
+    has_x2apic = any(e.function == 1 and e.ecx & _CPUID_X2APIC for e in vcpu.arch.cpuid_entries)
+    reserved = _APIC_BASE_RESERVED | (0 if has_x2apic else APIC_BASE_EXTD)
+    if value & reserved or value >> cpuid_maxphyaddr(vcpu) or value & mode == APIC_BASE_EXTD:
+        return False
+    old, new = sregs.apic_base & mode, value & mode
+    if (old == mode and new == APIC_BASE_ENABLE) or (old == 0 and new == mode):
+        return False
+    sregs.apic_base = value
+    return True
