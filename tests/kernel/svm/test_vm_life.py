@@ -78,8 +78,12 @@ def test_bug_52_a_dead_vm_stays_dead_however_often_it_is_entered(host: Any) -> N
 def test_system_calls_on_the_memory_of_a_dead_vm_go_on(host: Any) -> None:
     """The rule is one of the VM's and vCPUs' ioctls."""
     vm = dead(host)
-    vm.user.sys.fallocate(vm.gmem, 1, 0, 4096)
+    free = host.machine.linux.page_alloc.free_pages
     vm.user.sys.fallocate(vm.gmem, PUNCH, 0, 4096)
+    after_punch = host.machine.linux.page_alloc.free_pages
+    assert after_punch >= free
+    vm.user.sys.fallocate(vm.gmem, 1, 0, 4096)
+    assert host.machine.linux.page_alloc.free_pages == after_punch - 1
 
 
 def test_a_dead_vm_can_be_closed_and_leaves_nothing(host: Any) -> None:

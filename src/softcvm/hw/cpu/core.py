@@ -4,13 +4,13 @@
 memory accesses; the instruction stream is a subclass's.
 """
 
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from softcvm.abi.insn import Fetch, Load, Store, Touch
 from softcvm.abi.rmp import VmplPerm
 from softcvm.abi.svm import ExitCode, PfErr
 from softcvm.abi.vmsa import Vmsa
-from softcvm.hw.access import NptFault, Translated, check_private, check_shared_write, walk
+from softcvm.hw.access import Translated, check_private, check_shared_write, walk
 from softcvm.hw.cpu.vmcb import Vmcb
 from softcvm.hw.events import VmExit
 from softcvm.hw.memenc import Key
@@ -92,10 +92,8 @@ class GuestCpu:
             spa = (where.pfn << PAGE_SHIFT) + (at & PAGE_MASK)
             if op.c:
                 done += self.soc.dram.read(spa, length, self.key)
-            else:
-                done += self.soc.host_read(
-                    spa, length
-                )  # the plain view, the RMP's memory included
+            else:  # the plain view, the RMP's memory included
+                done += self.soc.host_read(spa, length)
         return bytes(done)
 
     def store(self, op: Store, done: int) -> int:
@@ -161,10 +159,6 @@ def record_exit(soc: Soc, vmcb: Vmcb, code: int, info_1: int = 0, info_2: int = 
     soc.counters.vmexit += 1
     if soc.tp.emit:
         soc.tp.emit(VmExit(vmcb.asid, code, info_1, info_2))
-
-
-def npf(fault: NptFault) -> NoReturn:
-    raise VmExitRaised(ExitCode.NPF, fault.error_code, fault.gpa) from fault
 
 
 def _error_code(c: bool, *, write: bool = False, fetch: bool = False) -> int:

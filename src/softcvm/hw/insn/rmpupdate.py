@@ -130,9 +130,8 @@ def _commit(rmp: Rmp, pfn: int, end: int, runs: Runs, new: RmpState) -> None:
     attrs = 0
     if new.assigned:
         attrs = ASSIGNED | new.pagesize << 1 | new.immutable << 2 | PERMS_FRESH
-    elif (
-        gfn and new.pagesize
-    ):  # the head keeps the gpa it was given, the other entries are zero
+    elif gfn and new.pagesize:
+        # The head keeps the gpa it was given, the other entries are zero.
         for head in range(pfn, end, PTRS_PER_PMD):
             rmp.store("RMPUPDATE", head, head + 1, (attrs, gfn))
             rmp.store("RMPUPDATE", head + 1, head + PTRS_PER_PMD, HYPERVISOR)

@@ -25,6 +25,7 @@ from softcvm.abi.snp_firmware import SevCmd, SnpStatus
 from softcvm.abi.snp_platform import PlatformState
 from softcvm.hw.memenc import Key
 from softcvm.hw.psp.keys import memory_key_material
+from softcvm.hw.psp.operands import Refused
 from softcvm.sim.state import State
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ __all__ = (
     "sev_decommission",
     "sev_guest_status",
     "sev_release_guests",
+    "working_guest",
 )
 
 SEV_GUEST_COUNT_MAX: Final = 1024
@@ -114,14 +116,20 @@ class SevGuest(State):
         return LIFE.get((self.state, command))
 
 
+def working_guest(psp: "Psp", handle: int) -> SevGuest:
+    """The guest that a command names.  Refused: INVALID_PLATFORM_STATE, then INVALID_GUEST."""
+    if psp.sev_state is not PlatformState.WORKING:
+        raise Refused(SnpStatus.INVALID_PLATFORM_STATE)
+    guest = psp.sev_guests.get(handle)
+    if guest is None:
+        raise Refused(SnpStatus.INVALID_GUEST)
+    return guest
+
+
 def sev_activate(psp: "Psp", cmd: SevActivate) -> SnpStatus:
     soc, asids, asid = psp.soc, psp.asids, cmd.asid
     # STATE
-    if psp.sev_state is not PlatformState.WORKING:
-        return SnpStatus.INVALID_PLATFORM_STATE
-    guest = psp.sev_guests.get(cmd.handle)
-    if guest is None:
-        return SnpStatus.INVALID_GUEST
+    guest = working_guest(psp, cmd.handle)
     # ASID
     if not 0 < asid <= soc.profile.max_asid:
         return SnpStatus.INVALID_ASID
@@ -144,11 +152,7 @@ def sev_activate(psp: "Psp", cmd: SevActivate) -> SnpStatus:
 
 def sev_deactivate(psp: "Psp", cmd: SevDeactivate) -> SnpStatus:
     # STATE
-    if psp.sev_state is not PlatformState.WORKING:
-        return SnpStatus.INVALID_PLATFORM_STATE
-    guest = psp.sev_guests.get(cmd.handle)
-    if guest is None:
-        return SnpStatus.INVALID_GUEST
+    guest = working_guest(psp, cmd.handle)
     if not guest.asid:
         return SnpStatus.INACTIVE
     # OUTPUT
@@ -160,11 +164,7 @@ def sev_deactivate(psp: "Psp", cmd: SevDeactivate) -> SnpStatus:
 def sev_decommission(psp: "Psp", cmd: SevDecommission) -> SnpStatus:
     """The handle is free again; the last guest takes the platform back from WORKING to INIT."""
     # STATE
-    if psp.sev_state is not PlatformState.WORKING:
-        return SnpStatus.INVALID_PLATFORM_STATE
-    guest = psp.sev_guests.get(cmd.handle)
-    if guest is None:
-        return SnpStatus.INVALID_GUEST
+    guest = working_guest(psp, cmd.handle)
     if guest.asid:
         return SnpStatus.ACTIVE
     # OUTPUT

@@ -33,7 +33,7 @@ from softcvm.abi.snp_firmware import SevCmd, SnpStatus
 from softcvm.abi.snp_platform import PlatformState
 from softcvm.hw.memenc import Key
 from softcvm.hw.psp.operands import FIRMWARE_WRITABLE, lookup, read, write
-from softcvm.hw.psp.sev_guest import SEV_GUEST_COUNT_MAX, SevGuest
+from softcvm.hw.psp.sev_guest import SEV_GUEST_COUNT_MAX, SevGuest, working_guest
 from softcvm.sim.addr import PAGE_SHIFT, PAGE_SIZE
 from softcvm.sim.errors import Unmodelled
 
@@ -105,11 +105,7 @@ def _launch_update(
     psp: "Psp", cmd: SevLaunchUpdateData | SevLaunchUpdateVmsa, command: SevCmd
 ) -> SnpStatus:
     # STATE
-    if psp.sev_state is not PlatformState.WORKING:
-        return SnpStatus.INVALID_PLATFORM_STATE
-    guest = psp.sev_guests.get(cmd.handle)
-    if guest is None:
-        return SnpStatus.INVALID_GUEST
+    guest = working_guest(psp, cmd.handle)
     if guest.next_state(command) is None:
         return SnpStatus.INVALID_GUEST_STATE
     if command is SevCmd.LAUNCH_UPDATE_VMSA and not guest.es:
@@ -134,11 +130,7 @@ def _launch_update(
 
 def sev_launch_measure(psp: "Psp", cmd: SevLaunchMeasure) -> SnpStatus:
     # STATE
-    if psp.sev_state is not PlatformState.WORKING:
-        return SnpStatus.INVALID_PLATFORM_STATE
-    guest = psp.sev_guests.get(cmd.handle)
-    if guest is None:
-        return SnpStatus.INVALID_GUEST
+    guest = working_guest(psp, cmd.handle)
     state = guest.next_state(SevCmd.LAUNCH_MEASURE)
     if state is None:
         return SnpStatus.INVALID_GUEST_STATE
@@ -169,11 +161,7 @@ def sev_launch_measure(psp: "Psp", cmd: SevLaunchMeasure) -> SnpStatus:
 
 def sev_launch_secret(psp: "Psp", cmd: SevLaunchSecret) -> SnpStatus:
     # STATE
-    if psp.sev_state is not PlatformState.WORKING:
-        return SnpStatus.INVALID_PLATFORM_STATE
-    guest = psp.sev_guests.get(cmd.handle)
-    if guest is None:
-        return SnpStatus.INVALID_GUEST
+    guest = working_guest(psp, cmd.handle)
     # PARAMETERS
     if cmd.guest_address & _ALIGN:
         return SnpStatus.INVALID_ADDRESS
@@ -204,11 +192,7 @@ def sev_launch_secret(psp: "Psp", cmd: SevLaunchSecret) -> SnpStatus:
 
 def sev_launch_finish(psp: "Psp", cmd: SevLaunchFinish) -> SnpStatus:
     # STATE
-    if psp.sev_state is not PlatformState.WORKING:
-        return SnpStatus.INVALID_PLATFORM_STATE
-    guest = psp.sev_guests.get(cmd.handle)
-    if guest is None:
-        return SnpStatus.INVALID_GUEST
+    guest = working_guest(psp, cmd.handle)
     state = guest.next_state(SevCmd.LAUNCH_FINISH)
     if state is None:
         return SnpStatus.INVALID_GUEST_STATE
