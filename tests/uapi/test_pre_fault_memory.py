@@ -122,7 +122,6 @@ def test_one_call_over_a_range_equals_a_call_for_each_page(order: int) -> None:
             (
                 kvm.arch.npt.mappings(),
                 [(s, e, f) for s, e, f in inode.folios.held()],
-                inode.uptodate.held(),
                 machine.linux.page_alloc.frames.held(),
                 machine.counters["bytes_zeroed"],
             )

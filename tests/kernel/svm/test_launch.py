@@ -331,7 +331,8 @@ def test_r1_10_every_page_a_launch_update_touches_is_released_on_every_path(
     assert [errno for errno, _, _ in attempts] == [0, EIO, EIO, EIO, EIO]
     assert refs == held
     gmem = vm.user.sys.proc.files.lookup(vm.gmem).private
-    uptodate = [gfn for gfn in range(64) if gmem.inode.uptodate[gfn]]
+    folios = {gfn: gmem.inode.folios[gfn] for gfn in range(64)}
+    uptodate = [gfn for gfn, folio in folios.items() if folio and folio.uptodate]
     assert uptodate == [2, 3]  # dirtied and accepted; the others stay as if never touched
     vm.user.sys.munmap(uaddr, 3 * 4096)
     vm.user.sys.close(vm.gmem)

@@ -77,10 +77,15 @@ class GmemFree(NamedTuple):
 
 
 class Folio(NamedTuple):
-    """What the page cache holds at an index: pfn = index + delta, in a folio of this order."""
+    """What the page cache holds at an index: pfn = index + delta, in a folio of this order.
+
+    `uptodate` means what the kernel version says it means (profile); with 2M folios it is kept per page.
+    """
 
     delta: int
     order: int
+    uptodate: bool = False
+    hwpoison: bool = False
 
 
 class FolioRun(NamedTuple):
@@ -91,14 +96,15 @@ class FolioRun(NamedTuple):
     npages: int
     pfn: Pfn
     order: int
+    uptodate: bool
+    hwpoison: bool
     lock: tuple[int, int]
 
 
 class GmemInode(State):
-    """The physical storage.  `uptodate` means what the kernel version says it means
-    (profile)."""
+    """The physical storage."""
 
-    saved = ("ino", "size", "flags", "folios", "uptodate", "poisoned", "files", "i_mmap")
+    saved = ("ino", "size", "flags", "folios", "files", "i_mmap")
     derived = {
         "linux": "the host",
         "invalidate_lock": "free at quiescent points",
@@ -111,10 +117,8 @@ class GmemInode(State):
         linux.next_ino += 1
         self.size = size
         self.flags = flags
-        pages = size >> PAGE_SHIFT
-        self.folios: RangeMap[Folio | None] = RangeMap(None, pages)
-        self.uptodate: RangeMap[bool] = RangeMap(False, pages)
-        self.poisoned: RangeMap[bool] = RangeMap(False, pages)
+        self.folios: RangeMap[Folio | None] = RangeMap(None, size >> PAGE_SHIFT)
+        """The page cache (mapping->i_pages)."""
         self.files: list[GmemFile] = []
         """mapping->i_private_list: every VM's view."""
         self.i_mmap: list[tuple[MmStruct, Vma]] = []
@@ -126,6 +130,12 @@ class GmemInode(State):
     @property
     def npages(self) -> int:
         return self.size >> PAGE_SHIFT
+
+    def mark_uptodate(self, start: int, end: int) -> None:
+        """folio_mark_uptodate() of what the page cache holds in [start, end)."""
+        for s, e, folio in self.folios.runs(start, end):
+            if folio is not None and not folio.uptodate:
+                self.folios.set(s, e, Folio(folio.delta, folio.order, True, folio.hwpoison))
 
     def lock_folios(self, start: int, end: int) -> Steps[tuple[int, int]]:
         """folio_lock() of every folio that touches [start, end); what it gives is for
@@ -211,7 +221,10 @@ def kvm_gmem_get_folio(inode: GmemInode, index: int, end: int) -> Steps[FolioRun
                     f"hole at index {index:#x} of inode {inode.ino} after allocation"
                 )
         npages = min(last, stop) - index
-        return FolioRun(Pgoff(index), npages, Pfn(index + folio.delta), folio.order, lock)
+        delta, order, uptodate, hwpoison = folio
+        return FolioRun(
+            Pgoff(index), npages, Pfn(index + delta), order, uptodate, hwpoison, lock
+        )
 
 
 def _allocate(inode: GmemInode, hole_start: int, hole_end: int, index: int, end: int) -> None:
@@ -255,7 +268,6 @@ def _allocate_order(inode: GmemInode, index: int, npages: int, order: int) -> No
     while index < end:
         for pfn, count in inode.linux.page_alloc.alloc_some(end - index, order):
             inode.folios.set(index, index + count, Folio(pfn - index, order))
-            inode.uptodate.set(index, index + count, False)
             if emit:
                 emit(GmemAllocate(inode.ino, index, count, pfn, order))
             index += count
@@ -278,8 +290,6 @@ def truncate_inode_pages_range(inode: GmemInode, start: int, end: int) -> Steps[
         for mm, vma in list(inode.i_mmap):
             yield from mm.zap_file_pages(vma, first, last)
         inode.folios.set(first, last, None)
-        inode.uptodate.set(first, last, False)
-        inode.poisoned.set(first, last, False)
         pfn = Pfn(first + folio.delta)
         linux.kvm_x86_ops.gmem_invalidate(linux, pfn, Pfn(pfn + last - first))
         inode.unlock_folios(lock)
@@ -295,7 +305,9 @@ def _split_huge(inode: GmemInode, index: int) -> None:
     folio = inode.folios[index]
     if folio is not None and folio.order:
         base = index & ~(PTRS_PER_PMD - 1)
-        inode.folios.set(base, base + PTRS_PER_PMD, Folio(folio.delta, 0))
+        inode.folios.update(
+            base, base + PTRS_PER_PMD, lambda part: part and part._replace(order=0)
+        )
 
 
 # Invalidation: every binding of every file, begin and end over the same set
@@ -418,7 +430,7 @@ def kvm_gmem_error_folio(inode: GmemInode, index: int) -> Steps[None]:
     start = index & ~((1 << folio.order) - 1)
     end = start + (1 << folio.order)
     yield from inode.invalidate_lock.acquire_read()
-    inode.poisoned.set(start, end, True)
+    inode.folios.update(start, end, lambda part: part and part._replace(hwpoison=True))
     yield from kvm_gmem_invalidate_start(inode, start, end)
     yield from kvm_gmem_invalidate_end(inode, start, end)
     inode.invalidate_lock.release_read()

@@ -16,7 +16,7 @@ from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.memory import SIGBUS, BadAccess
 from softcvm.kernel.mm.mmap import MAP_PRIVATE, MAP_TYPE, MmStruct, Vma, VmOps
 from softcvm.kernel.virt.kvm.gmem_convert import kvm_gmem_shared_until
-from softcvm.kernel.virt.kvm.gmem_inode import GmemInode, kvm_gmem_get_folio
+from softcvm.kernel.virt.kvm.gmem_inode import FolioRun, GmemInode, kvm_gmem_get_folio
 from softcvm.sim.addr import PAGE_SHIFT, Pfn
 from softcvm.sim.steps import Steps
 
@@ -65,7 +65,7 @@ class GmemVmOps(VmOps):
             raise BadAccess(SIGBUS, pgoff << PAGE_SHIFT, "the guest_memfd is not INIT_SHARED")
         run = yield from kvm_gmem_get_folio(inode, pgoff, last)
         try:
-            self._clear(run.pgoff, run.npages, run.pfn)
+            self._clear(run)
         finally:
             inode.unlock_folios(run.lock)
         return [(run.pfn, run.npages)]
@@ -76,14 +76,12 @@ class GmemVmOps(VmOps):
     def unmapped(self, mm: MmStruct, vma: Vma) -> None:
         self.inode.i_mmap = [(m, v) for m, v in self.inode.i_mmap if v is not vma]
 
-    def _clear(self, index: int, npages: int, pfn: int) -> None:
-        inode = self.inode
-        if any(poisoned for _, _, poisoned in inode.poisoned.runs(index, index + npages)):
-            raise BadAccess(SIGBUS, index << PAGE_SHIFT, "hardware poison")
-        for lo, hi, uptodate in inode.uptodate.runs(index, index + npages):
-            if not uptodate:
-                inode.linux.page_alloc.clear_pages(pfn + lo - index, hi - lo)
-                inode.uptodate.set(lo, hi, True)
+    def _clear(self, run: FolioRun) -> None:
+        if run.hwpoison:
+            raise BadAccess(SIGBUS, run.pgoff << PAGE_SHIFT, "hardware poison")
+        if not run.uptodate:
+            self.inode.linux.page_alloc.clear_pages(run.pfn, run.npages)
+            self.inode.mark_uptodate(run.pgoff, run.pgoff + run.npages)
 
 
 class VcpuVmOps(VmOps):

@@ -130,13 +130,9 @@ def _get_locked(
     if index >= inode.npages:  # KernelProfile.gmem_bind_offset_signed
         raise Unmodelled(f"index {index:#x} of a guest_memfd of {inode.npages:#x} pages")
     run = yield from kvm_gmem_get_folio(inode, index, index + npages)
-    end = run.pgoff + run.npages
-    _, alike, poisoned = inode.poisoned.run(run.pgoff)
-    if poisoned or alike < end:
-        if poisoned:
-            inode.unlock_folios(run.lock)
-            raise KernelError(EHWPOISON, f"index {index:#x} of inode {inode.ino} is poisoned")
-        run = run._replace(npages=alike - run.pgoff)
+    if run.hwpoison:
+        inode.unlock_folios(run.lock)
+        raise KernelError(EHWPOISON, f"index {index:#x} of inode {inode.ino} is poisoned")
     return gmem, run
 
 
@@ -157,17 +153,16 @@ def _prepare_folios(
     profile = kvm.linux.profile
     end = run.pgoff + run.npages
     if profile.uptodate_means_initialised or profile.gmem_max_order:
-        _clear_folios(inode, run.pgoff, end, run.order)
+        if not run.uptodate:
+            _clear_folios(inode, run.pgoff, end, run.order)
         if profile.gmem_in_place and not kvm_mem_is_private(kvm, gfn):
             return  # a shared page of the guest_memfd stays the hypervisor's
         kvm.ops.gmem_prepare(kvm, run.pfn, gfn, run.npages, max_order)
         return
-    for lo, hi, prepared in inode.uptodate.runs(run.pgoff, end):
-        if not prepared:
-            pfn = Pfn(run.pfn + lo - run.pgoff)
-            inode.linux.page_alloc.clear_pages(pfn, hi - lo)
-            kvm.ops.gmem_prepare(kvm, pfn, Gfn(gfn + lo - run.pgoff), hi - lo, max_order)
-            inode.uptodate.set(lo, hi, True)
+    if not run.uptodate:
+        inode.linux.page_alloc.clear_pages(run.pfn, run.npages)
+        kvm.ops.gmem_prepare(kvm, run.pfn, gfn, run.npages, max_order)
+        inode.mark_uptodate(run.pgoff, end)
 
 
 def _clear_folios(inode: GmemInode, index: int, end: int, order: int) -> None:
@@ -175,13 +170,12 @@ def _clear_folios(inode: GmemInode, index: int, end: int, order: int) -> None:
     them so."""
     size = 1 << order
     index, end = index & -size, -(-end // size) * size
-    for lo, hi, initialised in inode.uptodate.runs(index, end):
-        if not initialised:
-            folio = inode.folios[lo]
-            if folio is None:
-                raise ValueError(f"no folio at index {lo:#x} while it is locked")
+    for lo, hi, folio in inode.folios.runs(index, end):
+        if folio is None:
+            raise ValueError(f"no folio at index {lo:#x} while it is locked")
+        if not folio.uptodate:
             inode.linux.page_alloc.clear_pages(lo + folio.delta, hi - lo)
-            inode.uptodate.set(lo, hi, True)
+    inode.mark_uptodate(index, end)
 
 
 def kvm_gmem_populate(
@@ -291,14 +285,13 @@ def _populate_locked(
     pages = kvm.linux.page_alloc
     pages.get_pages(run.pfn, 1)
     try:
-        prepared = inode.uptodate[run.pgoff]
         inode.unlock_folios(run.lock)
-        if prepared and not kvm.linux.profile.populate_per_page:
+        if run.uptodate and not kvm.linux.profile.populate_per_page:
             raise KernelError(EEXIST, f"GFN {gfn:#x} is prepared already")
         if not kvm_range_is_private(kvm, gfn, gfn + 1):
             raise KernelError(EINVAL, f"GFN {gfn:#x} is not private")
         yield from post_populate(kvm, gfn, run.pfn, source)
-        inode.uptodate.set(run.pgoff, run.pgoff + 1, True)
+        inode.mark_uptodate(run.pgoff, run.pgoff + 1)
     finally:
         pages.put_pages(run.pfn, 1)
 
