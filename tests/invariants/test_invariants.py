@@ -26,6 +26,7 @@ from softcvm.kernel.virt.kvm.kvm_main import Kvm
 from softcvm.kernel.virt.kvm.memslots import KvmMemorySlot
 from softcvm.machine import Machine
 from softcvm.sim.addr import Gfn, PgLevel
+from softcvm.sim.rangemap import RangeMap
 from softcvm.sim.steps import Mutex, run
 from softcvm.vmm.vmm import Vmm
 from tests.hw.machines import BareGuest, snp_machine
@@ -240,6 +241,12 @@ def readonly_slot(host: Machine) -> None:
     slot_of(host, gfn).flags |= MemFlag.READONLY
 
 
+def clean_but_writable(host: Machine) -> None:
+    gfn, _ = a_private_page(host)
+    slot = slot_of(host, gfn)
+    slot.dirty_bitmap = RangeMap(False, slot.npages)
+
+
 def still_launching(host: Machine) -> None:
     a_private_page(host)
     vm_of(host).arch.pre_fault_allowed = False
@@ -283,6 +290,7 @@ KERNEL: dict[str, Callable[[Machine], object]] = {
     "shared_leaves_lead_to_the_users_page": shared_behind_its_back,
     "huge_leaves_are_of_one_kind": half_of_a_huge_page_shared,
     "readonly_slots_have_readonly_leaves": readonly_slot,
+    "writable_leaves_are_logged": clean_but_writable,
     "nothing_is_prepared_before_the_launch_is_over": still_launching,
     "bindings_agree": bound_to_nobody,
     "memslots_do_not_overlap": miscounted_slots,

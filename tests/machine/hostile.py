@@ -9,7 +9,9 @@ from typing import Any
 
 from softcvm.abi.kvm import _generated_kvm as k
 from softcvm.abi.kvm.memory import (
+    KvmClearDirtyLog,
     KvmCreateGuestMemfd,
+    KvmDirtyLog,
     KvmMemoryAttributes,
     KvmPreFaultMemory,
     KvmUserspaceMemoryRegion2,
@@ -158,9 +160,9 @@ class World(HostWorld):
         )
         yield from self.ioctl(held.actor, held.fd, k.KVM_SET_USER_MEMORY_REGION2, region)
 
-    @action(vm=ANY, slot=(0, 0, 1, 2, 3, 0x10000), gfn=GFNS)
-    def move_slot(self, vm: int, slot: int, gfn: int) -> Steps[None]:
-        """To another address, with the rest of it as KVM knows it."""
+    @action(vm=ANY, slot=(0, 0, 1, 2, 3, 0x10000), gfn=GFNS, log=(0, 0, 1))
+    def move_slot(self, vm: int, slot: int, gfn: int, log: int) -> Steps[None]:
+        """To another address, or dirty logging switched, with the rest of it as KVM knows it."""
         held = pick(self.vms, vm)
         kvm: Any = held and held.actor.sys.proc.files.fds.get(held.fd)
         kvm = getattr(kvm, "private", None)
@@ -170,8 +172,8 @@ class World(HostWorld):
         if old is not None:
             region = KvmUserspaceMemoryRegion2(
                 slot=slot,
-                flags=int(old.flags),
-                guest_phys_addr=gfn * PAGE,
+                flags=int(old.flags) ^ log,
+                guest_phys_addr=(old.base_gfn if log else gfn) * PAGE,
                 memory_size=old.npages * PAGE,
                 userspace_addr=old.userspace_addr,
             )
@@ -183,6 +185,38 @@ class World(HostWorld):
         if held is not None:
             region = KvmUserspaceMemoryRegion2(slot=slot)
             yield from self.ioctl(held.actor, held.fd, k.KVM_SET_USER_MEMORY_REGION2, region)
+
+    @action(vm=ANY, slot=(0, 0, 1, 2, 3, 0x10000), area=ANY)
+    def fetch_log(self, vm: int, slot: int, area: int) -> Steps[None]:
+        """KVM_GET_DIRTY_LOG, often into memory that is too small or not there."""
+        held, memory = pick(self.vms, vm), pick(self.areas, area)
+        if held is not None:
+            log = KvmDirtyLog(slot=slot, dirty_bitmap=memory.addr if memory else 0)
+            yield from self.ioctl(held.actor, held.fd, k.KVM_GET_DIRTY_LOG, log)
+
+    @action(
+        vm=ANY,
+        slot=(0, 0, 1, 2, 3, 0x10000),
+        area=ANY,
+        first=(0, 0, 64, 512, 7),
+        npages=NPAGES,
+        options=(0, 1, 3, 3, 2),
+    )
+    def clear_log(
+        self, vm: int, slot: int, area: int, first: int, npages: int, options: int
+    ) -> Steps[None]:
+        """KVM_CLEAR_DIRTY_LOG by whatever bits lie there; the VM then logs by other rules."""
+        held, memory = pick(self.vms, vm), pick(self.areas, area)
+        if held is not None:
+            log = KvmClearDirtyLog(
+                slot=slot,
+                first_page=first,
+                num_pages=npages,
+                dirty_bitmap=memory.addr if memory else 0,
+            )
+            yield from self.ioctl(held.actor, held.fd, k.KVM_CLEAR_DIRTY_LOG, log)
+            cap = KvmEnableCap(cap=k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, arg0=options)
+            yield from self.ioctl(held.actor, held.fd, k.KVM_ENABLE_CAP, cap)
 
     @action(vm=ANY, gfn=GFNS, npages=NPAGES, private=YES)
     def set_attributes(self, vm: int, gfn: int, npages: int, private: bool) -> Steps[None]:

@@ -81,6 +81,16 @@ class Npt(State):
             self.map.set(first, last, _NOT_PRESENT)
         return leaves
 
+    def write_protect(self, start: int, end: int) -> bool:
+        """Make every leaf that touches [start, end) read-only, whole; whether one was writable."""
+        some = False
+        for s, e, (attrs, delta) in self.map.held(start, end):
+            if attrs & _WRITABLE:
+                size = pages_per_level(_LEVELS[attrs & _LEVEL])
+                self.map.set(s - s % size, -(-e // size) * size, (attrs & ~_WRITABLE, delta))
+                some = True
+        return some
+
     def mappings(self, start: int = 0, end: int | None = None) -> list[Mapping]:
         """All translations in [start, end), clipped to it."""
         return [

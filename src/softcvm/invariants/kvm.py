@@ -226,6 +226,27 @@ def huge_leaves_are_of_one_kind(m: "Machine") -> Checking:
 
 
 @always(
+    "a page of a logging memslot that can be written without a fault is in the dirty log",
+    source="arch/x86/kvm/mmu/spte.c make_spte(), mmu.c kvm_arch_mmu_enable_log_dirty_pt_masked(), v7.2",
+    whole_machine=True,
+)
+def writable_leaves_are_logged(m: "Machine") -> Checking:
+    looked_at = 0
+    for kvm in m.linux.vm_list:
+        for slot in kvm.memslots[0].all():
+            if slot.dirty_bitmap is None:
+                continue
+            for leaf in kvm.arch.npt.mappings(slot.base_gfn, slot.end_gfn):
+                looked_at += 1
+                first = leaf.gfn - slot.base_gfn
+                for s, _, dirty in slot.dirty_bitmap.runs(first, first + leaf.npages):
+                    if leaf.writable and not dirty:
+                        why = f"VM {kvm.id}: GFN {slot.base_gfn + s:#x} is writable and clean"
+                        yield Violation(leaf.pfn + s - first, why)
+    return looked_at
+
+
+@always(
     "no leaf of a read-only memslot can be written",
     source="arch/x86/kvm/mmu/mmu.c; Documentation/virt/kvm/api.rst KVM_MEM_READONLY, v7.2",
     whole_machine=True,

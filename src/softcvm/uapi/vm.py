@@ -30,13 +30,13 @@ from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
 from softcvm.kernel.virt.kvm.dirty_log import (
     kvm_vm_ioctl_clear_dirty_log,
+    kvm_vm_ioctl_get_dirty_log,
     kvm_vm_ioctl_reset_dirty_pages,
 )
 from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_create, kvm_gmem_link
 from softcvm.kernel.virt.kvm.kvm_main import Kvm, kvm_create_vcpu
 from softcvm.kernel.virt.kvm.mem_attributes import kvm_vm_ioctl_set_mem_attributes
 from softcvm.kernel.virt.kvm.memslots import (
-    kvm_vm_ioctl_get_dirty_log,
     kvm_vm_ioctl_set_memory_region,
 )
 from softcvm.sim.steps import Steps
@@ -117,10 +117,10 @@ def kvm_vm_ioctl(
             yield from _set_user_memory_region(kvm, proc, request, argp)
         case k.KVM_GET_DIRTY_LOG:
             log = KvmDirtyLog((yield from argp.read(KvmDirtyLog.SIZE)))
-            yield from kvm_vm_ioctl_get_dirty_log(kvm, log)
+            yield from kvm_vm_ioctl_get_dirty_log(kvm, proc.mm, log)
         case k.KVM_CLEAR_DIRTY_LOG:
             clear = KvmClearDirtyLog((yield from argp.read(KvmClearDirtyLog.SIZE)))
-            yield from kvm_vm_ioctl_clear_dirty_log(kvm, clear)
+            yield from kvm_vm_ioctl_clear_dirty_log(kvm, proc.mm, clear)
         case k.KVM_RESET_DIRTY_RINGS:
             return kvm_vm_ioctl_reset_dirty_pages(kvm)
         case k.KVM_SET_MEMORY_ATTRIBUTES:

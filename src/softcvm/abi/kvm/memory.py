@@ -8,6 +8,8 @@ from enum import IntEnum, IntFlag
 from softcvm.abi.layout import U32, U64, Bytes, Layout
 
 __all__ = (
+    "KVM_DIRTY_LOG_INITIALLY_SET",
+    "KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE",
     "KVM_HC_MAP_GPA_RANGE",
     "KVM_LINK_GUEST_MEMFD",
     "KVM_MEMORY_ATTRIBUTE_PRIVATE",
@@ -118,6 +120,11 @@ class KvmPreFaultMemory(Layout, size=64):
 class KvmEncRegion(Layout, size=16):
     addr = U64(0)
     size = U64(8)
+
+
+KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
+KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
+"""Arguments of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2."""
 
 
 class KvmDirtyLog(Layout, size=16):

@@ -13,7 +13,7 @@ invalidation state).
 from errno import EEXIST, EINVAL, EIO
 from typing import TYPE_CHECKING, NamedTuple
 
-from softcvm.abi.kvm.memory import VmType
+from softcvm.abi.kvm.memory import KVM_DIRTY_LOG_INITIALLY_SET, VmType
 from softcvm.abi.kvm.run import KvmRun
 from softcvm.hw.npt import Npt
 from softcvm.kernel.arch.x86.kvm.vcpu import VcpuArch
@@ -110,6 +110,7 @@ class Kvm(State):
         "created_vcpus",
         "vcpus",
         "coalesced_mmio_ring",
+        "manual_dirty_log_protect",
         "vm_bugged",
         "vm_dead",
         "arch",
@@ -147,6 +148,8 @@ class Kvm(State):
         self.created_vcpus = 0
         self.vcpus: list[KvmVcpu] = []
         self.coalesced_mmio_ring = bytearray(PAGE_SIZE)
+        self.manual_dirty_log_protect = 0
+        """KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE (1) and KVM_DIRTY_LOG_INITIALLY_SET (2)."""
         self.vm_bugged = False
         self.vm_dead = False
         self.arch = KvmArch(vm_type)
@@ -158,6 +161,11 @@ class Kvm(State):
             raise ValueError(f"kvm_get_kvm() on VM {self.id} whose last reference is gone")
         self.users_count += 1
         return self
+
+    @property
+    def dirty_log_initially_set(self) -> bool:
+        """kvm_dirty_log_manual_protect_and_init_set()"""
+        return bool(self.manual_dirty_log_protect & KVM_DIRTY_LOG_INITIALLY_SET)
 
     def put(self) -> Steps[None]:
         """kvm_put_kvm(): the last reference destroys the VM."""

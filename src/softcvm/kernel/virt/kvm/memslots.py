@@ -11,15 +11,20 @@ memslots at their end.
 """
 
 from bisect import bisect_left, bisect_right, insort
-from errno import EEXIST, EINVAL, ENOENT
+from errno import EEXIST, EINVAL
 from typing import TYPE_CHECKING, NamedTuple
 
-from softcvm.abi.kvm.memory import KvmDirtyLog, KvmUserspaceMemoryRegion2, MemFlag, VmType
-from softcvm.kernel.arch.x86.kvm.mmu.tdp_mmu import kvm_mmu_unmap_gfn_range, kvm_mmu_zap_all
-from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.abi.kvm.memory import KvmUserspaceMemoryRegion2, MemFlag, VmType
+from softcvm.kernel.arch.x86.kvm.mmu.tdp_mmu import (
+    kvm_mmu_unmap_gfn_range,
+    kvm_mmu_write_protect,
+    kvm_mmu_zap_all,
+)
+from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.uaccess import access_ok
 from softcvm.kernel.virt.kvm.guest_memfd import GmemFile, kvm_gmem_bind, kvm_gmem_unbind
 from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, Gfn, Hva, PgLevel, Pgoff, pages_per_level
+from softcvm.sim.rangemap import RangeMap
 from softcvm.sim.state import State
 from softcvm.sim.steps import Steps, preempt
 
@@ -35,7 +40,6 @@ __all__ = (
     "Memslots",
     "kvm_free_memslots",
     "kvm_set_memory_region",
-    "kvm_vm_ioctl_get_dirty_log",
     "kvm_vm_ioctl_set_memory_region",
     "nr_memslot_as_ids",
 )
@@ -60,8 +64,8 @@ class MemslotChange(NamedTuple):
 
 
 class KvmMemorySlot(State):
-    """struct kvm_memory_slot.  Never changed once visible, except `invalid` and the gmem's weak
-    pointer."""
+    """struct kvm_memory_slot.  Never changed once visible, except `invalid`, the gmem's weak
+    pointer and the bits of the dirty bitmap."""
 
     saved = (
         "as_id",
@@ -74,6 +78,7 @@ class KvmMemorySlot(State):
         "gmem_pgoff",
         "gmem_only",
         "invalid",
+        "dirty_bitmap",
     )
 
     def __init__(
@@ -100,6 +105,8 @@ class KvmMemorySlot(State):
         """KVM_MEMSLOT_GMEM_ONLY (6.18): a guest_memfd that can be mapped serves shared faults
         too."""
         self.invalid = False
+        self.dirty_bitmap: RangeMap[bool] | None = None
+        """By page of the slot; there while it has KVM_MEM_LOG_DIRTY_PAGES (dirty_log.py)."""
 
     @property
     def end_gfn(self) -> Gfn:
@@ -264,8 +271,7 @@ def _set_memory_region(
         _check_modify(old, new)
         if new.base_gfn == old.base_gfn:
             if new.flags != old.flags:
-                yield from _wait_for_notifiers(kvm)
-                _replace(kvm, slots, old, new, "FLAGS_ONLY")
+                yield from _change_flags(kvm, slots, old, new)
             return
     if any(s.id != new.id for s in slots.overlapping(new.base_gfn, new.end_gfn)):
         raise KernelError(EEXIST, f"GFN {new.base_gfn:#x} + {npages:#x} overlaps another slot")
@@ -282,6 +288,38 @@ def _check_modify(old: KvmMemorySlot, new: KvmMemorySlot) -> None:
         raise KernelError(EINVAL, "userspace_addr or memory_size of an existing slot")
     if (new.flags ^ old.flags) & (MemFlag.READONLY | MemFlag.GUEST_MEMFD):
         raise KernelError(EINVAL, "READONLY or GUEST_MEMFD of an existing slot")
+
+
+def _prepare_dirty_bitmap(kvm: "Kvm", old: KvmMemorySlot | None, new: KvmMemorySlot) -> None:
+    """kvm_prepare_memory_region(): a slot that goes on logging keeps its bitmap."""
+    if not new.flags & MemFlag.LOG_DIRTY_PAGES:
+        return
+    if old is not None and old.dirty_bitmap is not None:
+        new.dirty_bitmap = old.dirty_bitmap
+        return
+    new.dirty_bitmap = RangeMap(False, new.npages)
+    if kvm.dirty_log_initially_set:
+        new.dirty_bitmap.set(0, new.npages, True)
+
+
+def _change_flags(
+    kvm: "Kvm", slots: Memslots, old: KvmMemorySlot, new: KvmMemorySlot
+) -> Steps[None]:
+    """KVM_MR_FLAGS_ONLY, which switches dirty logging; kvm_mmu_slot_apply_flags() write-protects what is mapped.
+
+    Not where all bits are set from the start: each is write-protected when user space clears it.
+    """
+    _prepare_dirty_bitmap(kvm, old, new)
+    yield from _wait_for_notifiers(kvm)
+    _replace(kvm, slots, old, new, "FLAGS_ONLY")
+    if not new.flags & MemFlag.LOG_DIRTY_PAGES or new.flags & MemFlag.READONLY:
+        return
+    if kvm.dirty_log_initially_set:
+        return
+    yield from kvm.mmu_lock.acquire_write()
+    kvm_mmu_write_protect(kvm, new, new.base_gfn, new.end_gfn)
+    kvm.mmu_lock.release_write()
+    kvm.flush_remote_tlbs()
 
 
 def _check_max_gfn(kvm: "Kvm", slot: KvmMemorySlot) -> None:
@@ -305,6 +343,7 @@ def _create(
         if new.can_be_private:
             yield from kvm_gmem_unbind(new)
         raise
+    _prepare_dirty_bitmap(kvm, None, new)
     yield from _wait_for_notifiers(kvm)
     slots.insert(new)
     kvm.nr_memslot_pages += new.npages
@@ -354,6 +393,7 @@ def _move(kvm: "Kvm", slots: Memslots, old: KvmMemorySlot, new: KvmMemorySlot) -
     except KernelError:
         old.invalid = False
         raise
+    _prepare_dirty_bitmap(kvm, old, new)
     yield from _wait_for_notifiers(kvm)
     _replace(kvm, slots, old, new, "MOVE")
 
@@ -381,19 +421,3 @@ def kvm_free_memslots(kvm: "Kvm") -> Steps[None]:
             if slot.can_be_private:
                 yield from kvm_gmem_unbind(slot)
     kvm.nr_memslot_pages = 0
-
-
-def kvm_vm_ioctl_get_dirty_log(kvm: "Kvm", log: KvmDirtyLog) -> Steps[None]:
-    """KVM_GET_DIRTY_LOG: what it refuses; a slot that keeps a bitmap is Unmodelled.  EINVAL,
-    ENOENT."""
-    yield from kvm.slots_lock.acquire()
-    try:
-        as_id, slot_id = log.slot >> 16, log.slot & 0xFFFF
-        if as_id >= len(kvm.memslots) or slot_id >= KVM_USER_MEM_SLOTS:
-            raise KernelError(EINVAL, f"no slot {log.slot:#x}")
-        found = kvm.memslots[as_id].by_id.get(slot_id)
-        if found is None or not found.flags & MemFlag.LOG_DIRTY_PAGES:
-            raise KernelError(ENOENT, f"slot {log.slot:#x} keeps no dirty bitmap")
-        raise Unmodelled("KVM_GET_DIRTY_LOG of a slot with KVM_MEM_LOG_DIRTY_PAGES")
-    finally:
-        kvm.slots_lock.release()

@@ -10,7 +10,11 @@ from errno import EEXIST, EINVAL
 from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm import _generated_kvm as k
-from softcvm.abi.kvm.memory import KVM_HC_MAP_GPA_RANGE
+from softcvm.abi.kvm.memory import (
+    KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
+    KVM_HC_MAP_GPA_RANGE,
+)
 from softcvm.abi.kvm.vcpu import KvmEnableCap
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_supported_flags
@@ -205,6 +209,13 @@ def kvm_vm_ioctl_enable_cap(kvm: "Kvm", proc: "Process", cap: KvmEnableCap) -> S
             if cap.cap == k.KVM_CAP_DISABLE_QUIRKS2 and cap.arg0 & ~_QUIRKS:
                 raise KernelError(EINVAL, f"quirks {cap.arg0:#x} of {_QUIRKS:#x}")
             kvm.arch.disabled_quirks |= cap.arg0 & _QUIRKS
+        case k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
+            allowed = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
+            if cap.arg0 & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE:
+                allowed |= KVM_DIRTY_LOG_INITIALLY_SET
+            if cap.arg0 & ~allowed:
+                raise KernelError(EINVAL, f"dirty log options {cap.arg0:#x}")
+            kvm.manual_dirty_log_protect = cap.arg0
         case k.KVM_CAP_SPLIT_IRQCHIP:
             yield from _split_irqchip(kvm, cap.arg0)
         case k.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM:

@@ -21,6 +21,7 @@ from softcvm.abi.svm import PfErr
 from softcvm.kernel.arch.x86.kvm.mmu.tdp_mmu import kvm_mmu_unmap_gfn_range, tdp_mmu_map
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.memory import get_user_pages
+from softcvm.kernel.virt.kvm.dirty_log import mark_page_dirty_in_slot
 from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_get_pfn
 from softcvm.kernel.virt.kvm.mem_attributes import kvm_hugepage_mixed, kvm_mem_is_private
 from softcvm.sim.addr import (
@@ -347,6 +348,8 @@ def _map(
             and _max_mapping_level(kvm, slot, base + count, found.max_level) is level
         ):
             count += size
+    if found.writable:
+        mark_page_dirty_in_slot(kvm, slot, base, count)
     npt = kvm.arch.npt
     held = npt.translate(base, count)
     if (

@@ -19,6 +19,7 @@ __all__ = (
     "SpteInstalled",
     "SptesZapped",
     "kvm_mmu_unmap_gfn_range",
+    "kvm_mmu_write_protect",
     "kvm_mmu_zap_all",
     "tdp_mmu_map",
 )
@@ -58,6 +59,12 @@ def kvm_mmu_unmap_gfn_range(kvm: "Kvm", slot: "KvmMemorySlot", start: int, end: 
     if slot.as_id != 0:
         return False
     return _zap(kvm, start, end)
+
+
+def kvm_mmu_write_protect(kvm: "Kvm", slot: "KvmMemorySlot", start: int, end: int) -> bool:
+    """Make the leaves of a slot in [start, end) read-only; whether any was writable."""
+    lockdep_assert_held(kvm.mmu_lock)
+    return slot.as_id == 0 and kvm.arch.npt.write_protect(start, end)
 
 
 def kvm_mmu_zap_all(kvm: "Kvm") -> bool:

@@ -41,7 +41,8 @@ from softcvm.kernel.arch.x86.kvm.svm.ghcb_page import (
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info, sev_snp_guest
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.locks import Rank
-from softcvm.sim.addr import PAGE_MASK, Gpa
+from softcvm.kernel.virt.kvm.dirty_log import mark_page_dirty_in_slot
+from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, Gfn, Gpa
 from softcvm.sim.state import State
 from softcvm.sim.steps import Lockdep, Mutex, Steps
 
@@ -361,6 +362,8 @@ def sev_es_unmap_ghcb(vcpu: "KvmVcpu") -> Steps[None]:
     regs = vcpu.arch.regs
     ghcb.set(rax=regs.rax, rbx=regs.rbx, rcx=regs.rcx, rdx=regs.rdx)
     ghcb.unmap()
+    gfn = Gfn(ghcb.gpa >> PAGE_SHIFT)
+    mark_page_dirty_in_slot(vcpu.kvm, vcpu.kvm.gfn_to_memslot(gfn), gfn)
     sev_es.ghcb = None
     sev_es.scratch = None
 

@@ -13,6 +13,7 @@ from softcvm.abi.layout import Bits
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.memory import get_user_pages
 from softcvm.kernel.mm.uaccess import copy_from_user, copy_to_user
+from softcvm.kernel.virt.kvm.dirty_log import mark_page_dirty_in_slot
 from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, Gfn, Gpa, Hva, Pfn, pfn_to_spa
 from softcvm.sim.state import State
 from softcvm.sim.steps import Steps
@@ -126,6 +127,8 @@ def kvm_write_guest(kvm: "Kvm", gpa: Gpa, data: bytes) -> Steps[None]:
     done = 0
     for hva, size in _pieces(kvm, gpa, len(data)):
         yield from copy_to_user(kvm.mm, hva, data[done : done + size])
+        gfn = Gfn(gpa + done >> PAGE_SHIFT)
+        mark_page_dirty_in_slot(kvm, kvm.gfn_to_memslot(gfn), gfn)
         done += size
 
 
