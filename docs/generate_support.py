@@ -28,13 +28,10 @@ KERNELS = tuple(PROFILES)
 BAD = 0x1000
 NOTES = {
     "KVM_CREATE_IRQCHIP": "stored; application processors wait for INIT and SIPI, no interrupt is delivered",
-    "KVM_GET_DIRTY_LOG": "without rings",
-    "KVM_CLEAR_DIRTY_LOG": "without rings",
-    "KVM_RESET_DIRTY_RINGS": "refused: no VM has rings; KVM_ENABLE_CAP of them is Unmodelled",
     "KVM_GET_DEVICE_ATTR": "/dev/kvm: the SEV group",
     "KVM_HAS_DEVICE_ATTR": "/dev/kvm: the SEV group",
     "KVM_CHECK_EXTENSION": "what only the host's configuration decides is Unmodelled",
-    "KVM_ENABLE_CAP": "VM: EXIT_HYPERCALL, DISABLE_QUIRKS(2), SPLIT_IRQCHIP, MANUAL_DIRTY_LOG_PROTECT2, MOVE and COPY of a context; "
+    "KVM_ENABLE_CAP": "VM: EXIT_HYPERCALL, DISABLE_QUIRKS(2), SPLIT_IRQCHIP, MANUAL_DIRTY_LOG_PROTECT2, DIRTY_LOG_RING(_ACQ_REL), MOVE and COPY of a context; "
     "others that exist are Unmodelled",
     "KVM_SET_MSRS": "the MSRs of a boot, stored; others Unmodelled",
     "KVM_GET_MSRS": "the MSRs of a boot, stored; others Unmodelled",

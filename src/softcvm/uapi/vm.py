@@ -122,7 +122,7 @@ def kvm_vm_ioctl(
             clear = KvmClearDirtyLog((yield from argp.read(KvmClearDirtyLog.SIZE)))
             yield from kvm_vm_ioctl_clear_dirty_log(kvm, proc.mm, clear)
         case k.KVM_RESET_DIRTY_RINGS:
-            return kvm_vm_ioctl_reset_dirty_pages(kvm)
+            return (yield from kvm_vm_ioctl_reset_dirty_pages(kvm))
         case k.KVM_SET_MEMORY_ATTRIBUTES:
             attrs = KvmMemoryAttributes((yield from argp.read(KvmMemoryAttributes.SIZE)))
             yield from kvm_vm_ioctl_set_mem_attributes(kvm, attrs)

@@ -7,6 +7,7 @@ from softcvm.abi.ghcb import GHCB_SHARED_BUFFER, Ghcb, GhcbExit, gpa_request, va
 from softcvm.abi.insn import Hlt, Load, Program, Store, Vmgexit, Wrmsr
 from softcvm.abi.kvm import _generated_kvm as k
 from softcvm.abi.kvm.memory import KvmDirtyLog, KvmUserspaceMemoryRegion2
+from softcvm.abi.kvm.vcpu import KvmEnableCap
 from softcvm.abi.svm import Msr
 from softcvm.sim.addr import PAGE_SHIFT, PAGE_SIZE
 
@@ -17,10 +18,15 @@ BASE, PAGES = 0x100, 130
 class Logged:
     """A launched SNP guest with a shared slot of 130 pages at GFN 0x100."""
 
-    def __init__(self, host: Any, guest: Program, flags: int = LOG_DIRTY) -> None:
+    def __init__(
+        self, host: Any, guest: Program, flags: int = LOG_DIRTY, ring: int = 0
+    ) -> None:
         host.guest(lambda _: guest)
         self.host = host
         self.vm = host.vm()
+        if ring:
+            cap = KvmEnableCap(cap=k.KVM_CAP_DIRTY_LOG_RING, arg0=ring)
+            host.user.ioctl(self.vm.fd, k.KVM_ENABLE_CAP, cap)
         self.vm.launch(16)
         self.hva = host.user.mmap(PAGES * PAGE_SIZE)
         self.bitmap = host.user.mmap(PAGE_SIZE)
@@ -137,3 +143,71 @@ def test_what_kvm_itself_writes_is_logged(host: Any) -> None:
     assert logged.fetch() == set()
     logged.run()
     assert logged.fetch() == {9}
+
+
+# Rings
+
+
+class Ring:
+    """The vCPU's ring as a VMM reads it: four-word entries, of which DIRTY is 1 and RESET 2."""
+
+    def __init__(self, logged: Logged, nbytes: int) -> None:
+        self.sys, self.vm, self.size = logged.host.user.sys, logged.vm, nbytes // 16
+        self.addr = self.sys.mmap(nbytes, 3, 1, self.vm.vcpus[0], 64 * PAGE_SIZE)
+        self.next = 0
+
+    def harvest(self) -> list[tuple[int, int]]:
+        """(slot, page of the slot) in the order in which they were written."""
+        found: list[tuple[int, int]] = []
+        while True:
+            at = self.addr + self.next % self.size * 16
+            flags, slot, offset = struct.unpack("<IIQ", self.sys.load(at, 16))
+            if flags != 1:
+                return found
+            self.sys.store(at, struct.pack("<I", 2))
+            found.append((slot, offset))
+            self.next += 1
+
+    def reset(self) -> int:
+        return int(self.sys.ioctl(self.vm.fd, k.KVM_RESET_DIRTY_RINGS))
+
+
+def test_a_ring_tells_pages_in_the_order_of_their_first_write(host: Any) -> None:
+    rounds = ((5, 0, 5, 129), (0, 7), (0, 129))
+    logged = Logged(host, writer(*rounds), ring=PAGE_SIZE)
+    ring = Ring(logged, PAGE_SIZE)
+    logged.run()
+    assert ring.harvest() == [(1, 5), (1, 0), (1, 129)]
+    logged.run()  # page 0 was not reset: it can be written without a fault
+    assert ring.harvest() == [(1, 7)]
+    assert (ring.reset(), ring.reset()) == (4, 0)
+    logged.run()
+    assert ring.harvest() == [(1, 0), (1, 129)]
+
+
+def test_a_ring_that_is_reset_in_time_goes_round_and_round(host: Any) -> None:
+    pages = tuple(range(130))
+    logged = Logged(host, writer(pages, pages, pages, pages), ring=PAGE_SIZE)
+    ring = Ring(logged, PAGE_SIZE)
+    for _ in range(4):
+        logged.run()
+        assert ring.harvest() == [(1, page) for page in pages]
+        assert ring.reset() == len(pages)
+
+
+def test_without_a_reset_the_guest_stays_out_when_64_entries_are_left(host: Any) -> None:
+    entries = 256
+    once = tuple(range(130))
+    logged = Logged(host, writer(once, once), ring=entries * 16)
+    ring = Ring(logged, entries * 16)
+    logged.run()
+    logged.flags(0)
+    logged.flags(LOG_DIRTY)  # write-protects what is mapped: the same pages are logged again
+    assert logged.vm.run().exit_reason == k.KVM_EXIT_DIRTY_RING_FULL
+    assert logged.vm.run().exit_reason == k.KVM_EXIT_DIRTY_RING_FULL
+    early = ring.harvest()
+    assert len(early) == entries - 64
+    assert ring.reset() == len(early)
+    logged.run()
+    # The write that found the ring full had not been made: its page is write-protected by the reset.
+    assert early + ring.harvest()[1:] == [(1, page) for page in once] * 2

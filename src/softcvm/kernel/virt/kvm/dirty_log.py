@@ -2,44 +2,51 @@
 
 A slot with KVM_MEM_LOG_DIRTY_PAGES has a bitmap.  A page enters it when KVM makes its leaf writable or writes
 to it itself; fetching the log takes it out and write-protects the leaf, so that the next write is a fault
-again.  Owns marking, the two ioctls that read the bitmap, and what switching the flag does to leaves.  SVM has
-no page-modification log; a guest_memfd slot never logs (KVM_SET_USER_MEMORY_REGION2 refuses the flag); dirty
-rings are Unmodelled where they are enabled, so that KVM_RESET_DIRTY_RINGS finds none.
+again.  A VM with dirty rings (dirty_ring.py) has no bitmaps: the page enters the ring of the vCPU that wrote.
+Owns marking and the ioctls.  SVM has no page-modification log; a guest_memfd slot never logs
+(KVM_SET_USER_MEMORY_REGION2 refuses the flag).
 
 Locks: slots_lock for the ioctls, mmu_lock around bitmap and leaves; marking needs neither, because a bit is set
 atomically.
 """
 
-from errno import EINVAL, ENOENT
+from errno import E2BIG, EINVAL, ENOENT, ENXIO
 from typing import TYPE_CHECKING, NamedTuple
 
-from softcvm.abi.kvm.memory import KvmClearDirtyLog, KvmDirtyLog
+from softcvm.abi.kvm.memory import KvmClearDirtyLog, KvmDirtyLog, MemFlag
 from softcvm.kernel.arch.x86.kvm.mmu.tdp_mmu import kvm_mmu_write_protect
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.uaccess import copy_from_user, copy_to_user
+from softcvm.kernel.virt.kvm.dirty_ring import (
+    KVM_DIRTY_RING_MAX_ENTRIES,
+    KVM_DIRTY_RING_RSVD_ENTRIES,
+    KvmDirtyGfn,
+)
 from softcvm.kernel.virt.kvm.memslots import KVM_USER_MEM_SLOTS, KvmMemorySlot
-from softcvm.sim.addr import Hva
+from softcvm.sim.addr import PAGE_SIZE, Hva
 from softcvm.sim.rangemap import RangeMap
 from softcvm.sim.steps import Steps
 
 if TYPE_CHECKING:
     from softcvm.kernel.mm.mmap import MmStruct
-    from softcvm.kernel.virt.kvm.kvm_main import Kvm
+    from softcvm.kernel.virt.kvm.kvm_main import Kvm, KvmVcpu
 
 __all__ = (
     "DirtyLogCleared",
     "PagesDirtied",
     "kvm_vm_ioctl_clear_dirty_log",
+    "kvm_vm_ioctl_enable_dirty_log_ring",
     "kvm_vm_ioctl_get_dirty_log",
     "kvm_vm_ioctl_reset_dirty_pages",
     "mark_page_dirty_in_slot",
 )
 
 _BITS_PER_LONG = 64
+_LOG_DIRTY_PAGES = int(MemFlag.LOG_DIRTY_PAGES)
 
 
 class PagesDirtied(NamedTuple):
-    """Pages entered the dirty bitmap of a memslot."""
+    """Pages of a memslot entered its dirty bitmap, or a vCPU's dirty ring."""
 
     vm: int
     slot: int
@@ -48,7 +55,7 @@ class PagesDirtied(NamedTuple):
 
 
 class DirtyLogCleared(NamedTuple):
-    """Pages left the dirty bitmap of a memslot and are write-protected."""
+    """Pages of a memslot left the dirty bitmap or ring and are write-protected."""
 
     vm: int
     slot: int
@@ -57,13 +64,18 @@ class DirtyLogCleared(NamedTuple):
 
 
 def mark_page_dirty_in_slot(
-    kvm: "Kvm", slot: KvmMemorySlot | None, gfn: int, npages: int = 1
+    vcpu: "KvmVcpu", slot: KvmMemorySlot | None, gfn: int, npages: int = 1
 ) -> None:
-    """Set the bits of [gfn, gfn + npages), all inside the slot, if it logs."""
-    if slot is None or slot.dirty_bitmap is None:
+    """Log [gfn, gfn + npages), all inside the slot, as written by this vCPU, if the slot logs."""
+    if slot is None or not slot.flags & _LOG_DIRTY_PAGES:
         return
+    kvm = vcpu.kvm
     first = gfn - slot.base_gfn
-    slot.dirty_bitmap.set(first, first + npages, True)
+    if vcpu.dirty_ring is not None:
+        for offset in range(first, first + npages):
+            vcpu.dirty_ring.push(slot.key, offset)
+    elif slot.dirty_bitmap is not None:
+        slot.dirty_bitmap.set(first, first + npages, True)
     if kvm.linux.tp.emit:
         kvm.linux.tp.emit(PagesDirtied(kvm.id, slot.key, gfn, npages))
 
@@ -71,10 +83,11 @@ def mark_page_dirty_in_slot(
 def kvm_vm_ioctl_get_dirty_log(kvm: "Kvm", mm: "MmStruct", log: KvmDirtyLog) -> Steps[None]:
     """KVM_GET_DIRTY_LOG: copy the bitmap out, and start anew unless user space does that itself.
 
-    EINVAL: no such slot number.  ENOENT: no log.  EFAULT: after the bitmap was cleared, which is lost then.
+    ENXIO: dirty rings.  EINVAL: no such slot number.  ENOENT: no log.  EFAULT: after the bitmap was cleared, which is lost then.
     """
     yield from kvm.slots_lock.acquire()
     try:
+        _check_bitmaps(kvm)
         slot, bitmap = _logging_slot(kvm, log.slot)
         if kvm.manual_dirty_log_protect:
             image = _longs(bitmap, 0, slot.npages)
@@ -96,7 +109,7 @@ def kvm_vm_ioctl_clear_dirty_log(
 ) -> Steps[None]:
     """KVM_CLEAR_DIRTY_LOG: take the pages whose bits the caller sets out of the log.
 
-    EINVAL: slot number, first_page, range.  ENOENT: no log.  EFAULT.
+    ENXIO: dirty rings.  EINVAL: slot number, first_page, range.  ENOENT: no log.  EFAULT.
     """
     yield from kvm.slots_lock.acquire()
     try:
@@ -120,9 +133,67 @@ def kvm_vm_ioctl_clear_dirty_log(
         kvm.slots_lock.release()
 
 
-def kvm_vm_ioctl_reset_dirty_pages(kvm: "Kvm") -> int:
-    """KVM_RESET_DIRTY_RINGS.  EINVAL: the VM has no rings."""
-    raise KernelError(EINVAL, f"VM {kvm.id} has no dirty rings")
+def kvm_vm_ioctl_enable_dirty_log_ring(kvm: "Kvm", size: int) -> Steps[None]:
+    """KVM_CAP_DIRTY_LOG_RING(_ACQ_REL): rings of `size` bytes for the vCPUs to come.
+
+    EINVAL: no power of two, below a page, enabled already, or there are vCPUs.  E2BIG.
+    """
+    size &= (1 << 32) - 1  # the kernel's parameter is a u32
+    if not size or size & (size - 1):
+        raise KernelError(EINVAL, f"a dirty ring of {size:#x} bytes is no power of two")
+    if size < max(PAGE_SIZE, KVM_DIRTY_RING_RSVD_ENTRIES * KvmDirtyGfn.SIZE):
+        raise KernelError(EINVAL, f"a dirty ring of {size:#x} bytes is below a page")
+    if size > KVM_DIRTY_RING_MAX_ENTRIES * KvmDirtyGfn.SIZE:
+        raise KernelError(E2BIG, f"a dirty ring of {size:#x} bytes")
+    if kvm.dirty_ring_size:
+        raise KernelError(EINVAL, f"VM {kvm.id} has dirty rings already")
+    yield from kvm.lock.acquire()
+    try:
+        if kvm.created_vcpus:
+            raise KernelError(EINVAL, "vCPUs exist already")
+        kvm.dirty_ring_size = size
+    finally:
+        kvm.lock.release()
+
+
+def kvm_vm_ioctl_reset_dirty_pages(kvm: "Kvm") -> Steps[int]:
+    """KVM_RESET_DIRTY_RINGS: take back what user space has harvested; how many entries that was.
+
+    EINVAL: the VM has no rings.
+    """
+    if not kvm.dirty_ring_size:
+        raise KernelError(EINVAL, f"VM {kvm.id} has no dirty rings")
+    cleared = 0
+    yield from kvm.slots_lock.acquire()
+    try:
+        for vcpu in kvm.vcpus:
+            while vcpu.dirty_ring and (entry := vcpu.dirty_ring.pop_harvested()) is not None:
+                yield from _reset_dirty_gfn(kvm, entry)
+                cleared += 1
+        if cleared:
+            kvm.flush_remote_tlbs()
+    finally:
+        kvm.slots_lock.release()
+    return cleared
+
+
+def _reset_dirty_gfn(kvm: "Kvm", entry: KvmDirtyGfn) -> Steps[None]:
+    """kvm_reset_dirty_gfn(): user space may have written anything into the entry."""
+    try:
+        slot = _find(kvm, entry.slot)
+    except KernelError:
+        return
+    if slot is None or entry.offset >= slot.npages:
+        return
+    yield from kvm.mmu_lock.acquire_write()
+    _write_protect(kvm, slot, entry.offset, entry.offset + 1)
+    kvm.mmu_lock.release_write()
+
+
+def _check_bitmaps(kvm: "Kvm") -> None:
+    """kvm_use_dirty_bitmap()"""
+    if kvm.dirty_ring_size:
+        raise KernelError(ENXIO, f"VM {kvm.id} has dirty rings and no bitmaps")
 
 
 def _logging_slot(kvm: "Kvm", number: int) -> tuple[KvmMemorySlot, RangeMap[bool]]:
@@ -140,6 +211,7 @@ def _find(kvm: "Kvm", number: int) -> KvmMemorySlot | None:
 
 
 def _check_clear(kvm: "Kvm", log: KvmClearDirtyLog) -> tuple[KvmMemorySlot, RangeMap[bool]]:
+    _check_bitmaps(kvm)
     _find(kvm, log.slot)
     if log.first_page % _BITS_PER_LONG:
         raise KernelError(EINVAL, f"first_page {log.first_page:#x} is not the first of a word")
@@ -155,14 +227,19 @@ def _check_clear(kvm: "Kvm", log: KvmClearDirtyLog) -> tuple[KvmMemorySlot, Rang
 def _start_anew(
     kvm: "Kvm", slot: KvmMemorySlot, bitmap: RangeMap[bool], dirty: list[tuple[int, int]]
 ) -> None:
-    """kvm_arch_mmu_enable_log_dirty_pt_masked(): clear runs of set bits and write-protect their leaves."""
+    """Clear runs of set bits and write-protect their leaves."""
     for first, last in dirty:
         bitmap.set(first, last, False)
-        kvm_mmu_write_protect(kvm, slot, slot.base_gfn + first, slot.base_gfn + last)
-        if kvm.linux.tp.emit:
-            kvm.linux.tp.emit(
-                DirtyLogCleared(kvm.id, slot.key, slot.base_gfn + first, last - first)
-            )
+        _write_protect(kvm, slot, first, last)
+
+
+def _write_protect(kvm: "Kvm", slot: KvmMemorySlot, first: int, last: int) -> None:
+    """kvm_arch_mmu_enable_log_dirty_pt_masked(): the next write to these pages is a fault."""
+    kvm_mmu_write_protect(kvm, slot, slot.base_gfn + first, slot.base_gfn + last)
+    if kvm.linux.tp.emit:
+        kvm.linux.tp.emit(
+            DirtyLogCleared(kvm.id, slot.key, slot.base_gfn + first, last - first)
+        )
 
 
 def _longs(bitmap: RangeMap[bool], first: int, last: int) -> bytes:

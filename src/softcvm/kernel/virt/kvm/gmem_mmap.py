@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from softcvm.abi.kvm.memory import GmemFlag
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.memory import SIGBUS, BadAccess
-from softcvm.kernel.mm.mmap import MAP_PRIVATE, MAP_TYPE, MmStruct, Vma, VmOps
+from softcvm.kernel.mm.mmap import MAP_PRIVATE, MAP_TYPE, PROT_EXEC, MmStruct, Vma, VmOps
+from softcvm.kernel.virt.kvm.dirty_ring import KVM_DIRTY_LOG_PAGE_OFFSET
 from softcvm.kernel.virt.kvm.gmem_convert import kvm_gmem_shared_until
 from softcvm.kernel.virt.kvm.gmem_inode import FolioRun, GmemInode, kvm_gmem_get_folio
 from softcvm.sim.addr import PAGE_SHIFT, Pfn
@@ -86,13 +87,25 @@ class GmemVmOps(VmOps):
 
 class VcpuVmOps(VmOps):
     """kvm_vcpu_vm_ops: page 0 is kvm_run, page 1 the data of port I/O, page 2 the coalesced
-    MMIO ring."""
+    MMIO ring; the dirty ring begins at page 64."""
 
     def __init__(self, vcpu: "KvmVcpu") -> None:
         self.vcpu = vcpu
 
     def may_map(self, pgoff: int, npages: int, prot: int, flags: int) -> None:
-        """Anything goes; a page beyond the last is SIGBUS when it is touched."""
+        """A range that begins or ends in the dirty ring is shared and not executable.  EINVAL.
+
+        Anything else goes; a page where there is nothing is SIGBUS when it is touched.
+        """
+        ends = self._ring_page(pgoff), self._ring_page(pgoff + npages - 1)
+        if ends == (None, None):
+            return
+        if prot & PROT_EXEC or flags & MAP_TYPE == MAP_PRIVATE:
+            raise KernelError(EINVAL, f"a dirty ring mapped with prot {prot}, flags {flags:#x}")
+
+    def _ring_page(self, pgoff: int) -> bytearray | None:
+        ring, page = self.vcpu.dirty_ring, pgoff - KVM_DIRTY_LOG_PAGE_OFFSET
+        return ring.pages[page] if ring is not None and 0 <= page < len(ring.pages) else None
 
     def memory(self, pgoff: int) -> bytearray | None:
         if pgoff == 0:
@@ -101,7 +114,7 @@ class VcpuVmOps(VmOps):
             return self.vcpu.pio_data
         if pgoff == 2:
             return self.vcpu.kvm.coalesced_mmio_ring
-        return None
+        return self._ring_page(pgoff)
 
     def fault(self, pgoff: int, npages: int) -> Steps[list[tuple[Pfn, int]]]:
         yield from ()

@@ -21,6 +21,7 @@ from softcvm.kernel.errors import KernelError
 from softcvm.kernel.fs.file import File, FileKind
 from softcvm.kernel.host import KvmBug, Linux
 from softcvm.kernel.locks import Rank
+from softcvm.kernel.virt.kvm.dirty_ring import KvmDirtyRing
 from softcvm.kernel.virt.kvm.memslots import Memslots, kvm_free_memslots, nr_memslot_as_ids
 from softcvm.kernel.virt.kvm.mmu_notifier import KvmMmuNotifier
 from softcvm.sim.addr import PAGE_SIZE, Gfn
@@ -111,6 +112,7 @@ class Kvm(State):
         "vcpus",
         "coalesced_mmio_ring",
         "manual_dirty_log_protect",
+        "dirty_ring_size",
         "vm_bugged",
         "vm_dead",
         "arch",
@@ -150,6 +152,8 @@ class Kvm(State):
         self.coalesced_mmio_ring = bytearray(PAGE_SIZE)
         self.manual_dirty_log_protect = 0
         """KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE (1) and KVM_DIRTY_LOG_INITIALLY_SET (2)."""
+        self.dirty_ring_size = 0
+        """Bytes of each vCPU's dirty ring; 0: memslots have bitmaps."""
         self.vm_bugged = False
         self.vm_dead = False
         self.arch = KvmArch(vm_type)
@@ -246,7 +250,7 @@ class Kvm(State):
 class KvmVcpu(State):
     """struct kvm_vcpu.  `run` is the page that the VMM maps at offset 0 of the vCPU's fd."""
 
-    saved = ("vcpu_id", "vcpu_idx", "run", "pio_data", "arch")
+    saved = ("vcpu_id", "vcpu_idx", "run", "pio_data", "dirty_ring", "arch")
     derived = {
         "kvm": "the VM, which lists this vCPU",
         "mutex": "free at quiescent points",
@@ -260,6 +264,7 @@ class KvmVcpu(State):
         self.mutex = Mutex(kvm.linux.lockdep, "vcpu->mutex", Rank.VCPU_MUTEX)
         self.run = KvmRun()
         self.pio_data = bytearray(PAGE_SIZE)
+        self.dirty_ring = KvmDirtyRing(kvm.dirty_ring_size) if kvm.dirty_ring_size else None
         self.proc: Process | None = None
         self.arch = VcpuArch(bsp=vcpu_id == 0, irqchip=kvm.arch.irqchip)
 

@@ -292,7 +292,7 @@ def _check_modify(old: KvmMemorySlot, new: KvmMemorySlot) -> None:
 
 def _prepare_dirty_bitmap(kvm: "Kvm", old: KvmMemorySlot | None, new: KvmMemorySlot) -> None:
     """kvm_prepare_memory_region(): a slot that goes on logging keeps its bitmap."""
-    if not new.flags & MemFlag.LOG_DIRTY_PAGES:
+    if not new.flags & MemFlag.LOG_DIRTY_PAGES or kvm.dirty_ring_size:
         return
     if old is not None and old.dirty_bitmap is not None:
         new.dirty_bitmap = old.dirty_bitmap

@@ -17,6 +17,8 @@ from softcvm.abi.kvm.memory import (
 )
 from softcvm.abi.kvm.vcpu import KvmEnableCap
 from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.virt.kvm.dirty_log import kvm_vm_ioctl_enable_dirty_log_ring
+from softcvm.kernel.virt.kvm.dirty_ring import KVM_DIRTY_RING_MAX_ENTRIES, KvmDirtyGfn
 from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_supported_flags
 from softcvm.kernel.virt.kvm.kvm_main import (
     KVM_MAX_VCPU_IDS,
@@ -123,6 +125,8 @@ _CONSTANT = {
     k.KVM_CAP_PV_MMU: 0,
     k.KVM_CAP_XSAVE2: 4096,
     k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
+    k.KVM_CAP_DIRTY_LOG_RING: KVM_DIRTY_RING_MAX_ENTRIES * KvmDirtyGfn.SIZE,
+    k.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: KVM_DIRTY_RING_MAX_ENTRIES * KvmDirtyGfn.SIZE,
     k.KVM_CAP_SET_GUEST_DEBUG2: 0x1F0003,
 }
 _HOST_DECIDES = frozenset(
@@ -138,8 +142,6 @@ _HOST_DECIDES = frozenset(
         k.KVM_CAP_X86_DISABLE_EXITS,
         k.KVM_CAP_X86_SMM,
         k.KVM_CAP_XEN_HVM,
-        k.KVM_CAP_DIRTY_LOG_RING,
-        k.KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
     }
 )
 _QUIRKS = sum(
@@ -197,7 +199,10 @@ def kvm_vm_ioctl_check_extension(linux: "Linux", kvm: "Kvm | None", cap: int) ->
 
 
 def kvm_vm_ioctl_enable_cap(kvm: "Kvm", proc: "Process", cap: KvmEnableCap) -> Steps[int]:
-    """KVM_ENABLE_CAP on a VM, after the copy-in."""
+    """KVM_ENABLE_CAP on a VM, after the copy-in.  Who enables dirty rings may set any flag."""
+    if cap.cap in (k.KVM_CAP_DIRTY_LOG_RING, k.KVM_CAP_DIRTY_LOG_RING_ACQ_REL):
+        yield from kvm_vm_ioctl_enable_dirty_log_ring(kvm, cap.arg0)
+        return 0
     if cap.flags:
         raise KernelError(EINVAL, f"KVM_ENABLE_CAP flags {cap.flags:#x}")
     match cap.cap:

@@ -264,7 +264,7 @@ def _direct_page_fault(
         try:
             if kvm.mmu_invalidate_retry_gfn(mmu_seq, gfn, gfn + found.npages):
                 return RetPf.RETRY, 0, 0
-            return _map(kvm, slot, gfn, found)
+            return _map(vcpu, slot, gfn, found)
         finally:
             kvm.mmu_lock.release_read()
     finally:
@@ -323,10 +323,11 @@ def _faultin_pfn_hva(
 
 
 def _map(
-    kvm: "Kvm", slot: "KvmMemorySlot", gfn: Gfn, found: _Mapping
+    vcpu: "KvmVcpu", slot: "KvmMemorySlot", gfn: Gfn, found: _Mapping
 ) -> tuple[RetPf, int, int]:
     """direct_map(): choose the level, install leaves; the pages from gfn on that are mapped
     now."""
+    kvm = vcpu.kvm
     level = _max_mapping_level(kvm, slot, gfn, found.max_level)
     size = pages_per_level(level)
     if level is PgLevel.PG_4K:
@@ -349,7 +350,7 @@ def _map(
         ):
             count += size
     if found.writable:
-        mark_page_dirty_in_slot(kvm, slot, base, count)
+        mark_page_dirty_in_slot(vcpu, slot, base, count)
     npt = kvm.arch.npt
     held = npt.translate(base, count)
     if (

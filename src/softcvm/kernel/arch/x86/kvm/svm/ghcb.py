@@ -36,7 +36,7 @@ from softcvm.kernel.arch.x86.kvm.svm.ghcb_page import (
     Scratch,
     kvm_read_guest,
     kvm_vcpu_map,
-    kvm_write_guest,
+    kvm_vcpu_write_guest,
 )
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info, sev_snp_guest
 from softcvm.kernel.errors import KernelError
@@ -358,12 +358,12 @@ def sev_es_unmap_ghcb(vcpu: "KvmVcpu") -> Steps[None]:
     scratch = sev_es.scratch
     if scratch is not None and scratch.copy is not None and scratch.sync:
         with suppress(KernelError):  # Linux ignores it too: the guest's own memory is gone
-            yield from kvm_write_guest(vcpu.kvm, Gpa(sev_es.sw_scratch), bytes(scratch.copy))
+            yield from kvm_vcpu_write_guest(vcpu, Gpa(sev_es.sw_scratch), bytes(scratch.copy))
     regs = vcpu.arch.regs
     ghcb.set(rax=regs.rax, rbx=regs.rbx, rcx=regs.rcx, rdx=regs.rdx)
     ghcb.unmap()
     gfn = Gfn(ghcb.gpa >> PAGE_SHIFT)
-    mark_page_dirty_in_slot(vcpu.kvm, vcpu.kvm.gfn_to_memslot(gfn), gfn)
+    mark_page_dirty_in_slot(vcpu, vcpu.kvm.gfn_to_memslot(gfn), gfn)
     sev_es.ghcb = None
     sev_es.scratch = None
 

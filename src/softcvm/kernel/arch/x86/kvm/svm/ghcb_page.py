@@ -20,9 +20,9 @@ from softcvm.sim.steps import Steps
 
 if TYPE_CHECKING:
     from softcvm.kernel.host import Linux
-    from softcvm.kernel.virt.kvm.kvm_main import Kvm
+    from softcvm.kernel.virt.kvm.kvm_main import Kvm, KvmVcpu
 
-__all__ = ("GhcbPage", "Scratch", "kvm_read_guest", "kvm_vcpu_map", "kvm_write_guest")
+__all__ = ("GhcbPage", "Scratch", "kvm_read_guest", "kvm_vcpu_map", "kvm_vcpu_write_guest")
 
 _VALID_BITMAP = Ghcb.valid_bitmap
 
@@ -122,13 +122,14 @@ def kvm_read_guest(kvm: "Kvm", gpa: Gpa, length: int) -> Steps[bytes]:
     return out
 
 
-def kvm_write_guest(kvm: "Kvm", gpa: Gpa, data: bytes) -> Steps[None]:
-    """Write shared guest memory through the VMM's mapping.  EFAULT."""
+def kvm_vcpu_write_guest(vcpu: "KvmVcpu", gpa: Gpa, data: bytes) -> Steps[None]:
+    """Write shared guest memory through the VMM's mapping, on behalf of a vCPU.  EFAULT."""
+    kvm = vcpu.kvm
     done = 0
     for hva, size in _pieces(kvm, gpa, len(data)):
         yield from copy_to_user(kvm.mm, hva, data[done : done + size])
         gfn = Gfn(gpa + done >> PAGE_SHIFT)
-        mark_page_dirty_in_slot(kvm, kvm.gfn_to_memslot(gfn), gfn)
+        mark_page_dirty_in_slot(vcpu, kvm.gfn_to_memslot(gfn), gfn)
         done += size
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from softcvm.abi.ghcb import GhcbError, GuestRequestError
 from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.snp_firmware import SnpCmd, SnpGuestRequest
-from softcvm.kernel.arch.x86.kvm.svm.ghcb_page import kvm_read_guest, kvm_write_guest
+from softcvm.kernel.arch.x86.kvm.svm.ghcb_page import kvm_read_guest, kvm_vcpu_write_guest
 from softcvm.kernel.arch.x86.kvm.svm.sev import sev_issue_cmd
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info
 from softcvm.kernel.drivers.crypto.ccp.sev_dev import SevFwError
@@ -59,7 +59,7 @@ def snp_handle_guest_req(vcpu: "KvmVcpu") -> Steps[int]:
             fw_err = int(error.fw_error)
         response = linux.soc.host_read(pfn_to_spa(sev.guest_resp_buf), PAGE_SIZE)
         try:
-            yield from kvm_write_guest(kvm, Gpa(sev_es.info_2), response)
+            yield from kvm_vcpu_write_guest(vcpu, Gpa(sev_es.info_2), response)
         except KernelError as error:
             raise KernelError(EIO, error.why) from error
     finally:
@@ -90,7 +90,7 @@ def snp_handle_ext_guest_req(vcpu: "KvmVcpu") -> Steps[int]:
             return 0
         if regs.rbx:
             try:
-                yield from kvm_write_guest(vcpu.kvm, Gpa(regs.rax), _CERT_TABLE_END)
+                yield from kvm_vcpu_write_guest(vcpu, Gpa(regs.rax), _CERT_TABLE_END)
             except KernelError as error:
                 raise KernelError(EIO, error.why) from error
     return (yield from snp_handle_guest_req(vcpu))
