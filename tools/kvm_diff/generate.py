@@ -290,7 +290,8 @@ class _Writer:
 
     def map_vcpu(self) -> None:
         if self.vcpus:
-            self._map(self.fd(self.vcpus), self.r.randrange(4) * PAGE, 0)
+            page = self.r.choice((0, 1, 2, 3, 62, 63, 64, 64, 65, 66))
+            self._map(self.fd(self.vcpus), page * PAGE, 0)
 
     def _map(self, fd: Ref | int, offset: int, kind: int) -> None:
         prot = self.r.choice((3, 3, 3, 1, 2, 0, 5, 7))
@@ -391,7 +392,7 @@ class _Writer:
             return _Slot(
                 slot, 4, gpa, pages * PAGE, self.addr(), self.fd([gmem.handle]), offset * PAGE
             )
-        flags = self.r.choice((0, 0, 0, 1, 2, 3))
+        flags = self.r.choice((0, 0, 1, 1, 2, 3))
         return _Slot(slot, flags, gpa, pages * PAGE, self.addr(), NO_FD, 0)
 
     def _changed(self, old: _Slot) -> _Slot:
@@ -425,9 +426,28 @@ class _Writer:
                 return good._replace(offset=self.r.choice(n.BAD_GMEM_OFFSETS))
 
     def dirty_log(self) -> None:
-        slot = self.r.choice((0, 1, 2, 3, 5, 32763, *n.BAD_SLOTS))
-        fields = (("slot", slot), ("dirty_bitmap", self.addr()))
-        self.add(_ioctl("GET_DIRTY_LOG", self.fd(self.vms), Struct("KvmDirtyLog", fields)))
+        """Fetch or clear a log, most often of a slot that should have one."""
+        where, slot = self.fd(self.vms), self.r.choice((0, 1, 2, 3, 5, 32763, *n.BAD_SLOTS))
+        pages = self.r.choice((*range(ARENA_PAGES + 1), 64, *n.U32))
+        logging = [(vm, s) for vm in self.vms for s in self.slots[vm].values() if s.flags & 1]
+        if logging and not self._bad(0.2):
+            vm, known = self.r.choice(logging)
+            where, slot = Ref(vm), known.slot
+            if not self._bad(0.2):
+                pages = known.size // PAGE
+        bitmap = self.addr() if not self._bad() else self.r.choice(n.BAD_HVAS)
+        fields: list[tuple[str, int | Ref]] = [("slot", slot), ("dirty_bitmap", bitmap)]
+        if self.r.random() < 0.5:
+            told = Struct("KvmDirtyLog", tuple(fields))
+            self.add(_ioctl("GET_DIRTY_LOG", where, told))
+            return
+        first = 0 if not self._bad(0.2) else self.r.choice((1, 64, 1 << 40))
+        fields += [("num_pages", pages), ("first_page", first)]
+        told = Struct("KvmClearDirtyLog", tuple(fields))
+        self.add(_ioctl("CLEAR_DIRTY_LOG", where, told))
+
+    def reset_dirty_rings(self) -> None:
+        self.add(_ioctl("RESET_DIRTY_RINGS", self.fd(self.vms)))
 
     def attributes(self) -> None:
         if not self.features.attributes:
@@ -471,13 +491,14 @@ _WEIGHTS = {
     "fallocate": 12,
     "map_gmem": 10,
     "map_anonymous": 6,
-    "map_vcpu": 1,
+    "map_vcpu": 2,
     "munmap": 5,
     "madvise": 3,
     "load": 9,
     "store": 9,
     "region": 18,
-    "dirty_log": 2,
+    "dirty_log": 4,
+    "reset_dirty_rings": 1,
     "attributes": 3,
     "prefault": 3,
 }

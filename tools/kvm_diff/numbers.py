@@ -65,8 +65,6 @@ CAPS = tuple(
 )
 HOST_DECIDES = (
     k.KVM_CAP_ADJUST_CLOCK,
-    k.KVM_CAP_DIRTY_LOG_RING,
-    k.KVM_CAP_DIRTY_LOG_RING_ACQ_REL,
     k.KVM_CAP_NESTED_STATE,
     k.KVM_CAP_NR_VCPUS,
     k.KVM_CAP_PMU_CAPABILITY,
@@ -89,6 +87,9 @@ ENABLE_CAPS: tuple[tuple[int, tuple[int, ...]], ...] = (
     (k.KVM_CAP_DISABLE_QUIRKS2, (0, 1, 1 << 7, 1 << 40)),
     (k.KVM_CAP_DISABLE_QUIRKS, (0, 1, 1 << 7)),
     (k.KVM_CAP_SPLIT_IRQCHIP, (0, 24, 4096, 4097, 1 << 40)),
+    (k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, (0, 1, 3, 3, 2, 4, 1 << 32)),
+    (k.KVM_CAP_DIRTY_LOG_RING, (PAGE, 0, 16, 3 * PAGE, 1 << 21)),
+    (k.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, (2 * PAGE, 2 * PAGE, 1 << 40, 1 << 31)),
     (12345, (0, 1)),
 )
 

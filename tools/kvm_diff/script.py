@@ -46,6 +46,7 @@ LAYOUTS: dict[str, type[Layout]] = {
         memory.KvmMemoryAttributes,
         memory.KvmPreFaultMemory,
         memory.KvmDirtyLog,
+        memory.KvmClearDirtyLog,
         vcpu.KvmEnableCap,
         vcpu.KvmRegs,
         vcpu.KvmDebugregs,
