@@ -28,6 +28,7 @@ KERNELS = tuple(PROFILES)
 BAD = 0x1000
 NOTES = {
     "KVM_CREATE_IRQCHIP": "stored; application processors wait for INIT and SIPI, no interrupt is delivered",
+    "KVM_RESET_DIRTY_RINGS": "no signal cuts it short, as one may in later kernels (unconfirmed)",
     "KVM_GET_DEVICE_ATTR": "/dev/kvm: the SEV group",
     "KVM_HAS_DEVICE_ATTR": "/dev/kvm: the SEV group",
     "KVM_CHECK_EXTENSION": "what only the host's configuration decides is Unmodelled",

@@ -155,6 +155,7 @@ def test_launch_update_of_a_running_guest_lets_a_fault_clear_an_assigned_page(
 
     LAUNCH_UPDATE is not refused after LAUNCH_FINISH, it assigns the page before firmware says no, and
     kvm_gmem_get_pfn() takes no invalidate lock: it finds a folio that was never cleared, and clears it.
+    Read so in 6.12.117 (virt/kvm/guest_memfd.c, snp_launch_update() in arch/x86/kvm/svm/sev.c).
     """
 
     def raced(split: int) -> bool:

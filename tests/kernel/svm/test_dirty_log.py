@@ -211,3 +211,40 @@ def test_without_a_reset_the_guest_stays_out_when_64_entries_are_left(host: Any)
     logged.run()
     # The write that found the ring full had not been made: its page is write-protected by the reset.
     assert early + ring.harvest()[1:] == [(1, page) for page in once] * 2
+
+
+def test_an_entry_beyond_the_slot_spoils_its_neighbours(host: Any) -> None:
+    """v6.12 virt/kvm/dirty_ring.c: pages less than 64 apart share a mask, and one that leaves the slot drops it."""
+    far = PAGES - 1 - 64
+    logged = Logged(host, writer((far, PAGES - 1), (far, PAGES - 1)), ring=PAGE_SIZE)
+    ring = Ring(logged, PAGE_SIZE)
+    logged.run()
+    assert ring.harvest() == [(1, far), (1, PAGES - 1)]
+    host.user.sys.store(ring.addr + 2 * 16, struct.pack("<IIQ", 2, 1, PAGES + 1))
+    assert ring.reset() == 3
+    logged.run()
+    # KVM's next entry takes the place of the one that was made up; only the far page was protected.
+    entries = struct.unpack("<IIQIIQ", host.user.sys.load(ring.addr + 2 * 16, 32))
+    assert entries == (1, 1, far, 0, 0, 0)
+
+
+def test_a_ring_may_be_reset_backwards(host: Any) -> None:
+    pages = (90, 40, 30, 29, 92, 100, 0)
+    logged = Logged(host, writer(pages, pages), ring=PAGE_SIZE)
+    ring = Ring(logged, PAGE_SIZE)
+    for _ in range(2):
+        logged.run()
+        assert ring.harvest() == [(1, page) for page in pages]
+        assert ring.reset() == len(pages)
+
+
+def test_made_up_entries_leave_a_ring_that_says_it_is_full(host: Any) -> None:
+    """v6.12 virt/kvm/dirty_ring.c: what is used is a u32, and the ring is judged when a page enters it."""
+    logged = Logged(host, writer((1,), (2,), (3,)), ring=PAGE_SIZE)
+    ring = Ring(logged, PAGE_SIZE)
+    for index in range(2):
+        host.user.sys.store(ring.addr + 16 * index, struct.pack("<IIQ", 2, 7, 0))
+    assert ring.reset() == 2
+    logged_exits = [logged.vm.run().exit_reason for _ in range(2)]
+    assert logged_exits == [k.KVM_EXIT_DIRTY_RING_FULL] * 2
+    assert host.machine.counters["warnings"] > 0

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from softcvm.abi.kvm.memory import KvmClearDirtyLog, KvmDirtyLog, MemFlag
 from softcvm.kernel.arch.x86.kvm.mmu.tdp_mmu import kvm_mmu_write_protect
+from softcvm.kernel.arch.x86.kvm.vcpu import KvmRequest
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.uaccess import copy_from_user, copy_to_user
 from softcvm.kernel.virt.kvm.dirty_ring import (
     KVM_DIRTY_RING_MAX_ENTRIES,
     KVM_DIRTY_RING_RSVD_ENTRIES,
     KvmDirtyGfn,
+    KvmDirtyRing,
 )
 from softcvm.kernel.virt.kvm.memslots import KVM_USER_MEM_SLOTS, KvmMemorySlot
 from softcvm.sim.addr import PAGE_SIZE, Hva
@@ -73,7 +75,11 @@ def mark_page_dirty_in_slot(
     first = gfn - slot.base_gfn
     if vcpu.dirty_ring is not None:
         for offset in range(first, first + npages):
+            if vcpu.dirty_ring.full:
+                kvm.linux.warn("kvm_dirty_ring_push", "it should never get full")
             vcpu.dirty_ring.push(slot.key, offset)
+            if vcpu.dirty_ring.soft_full:
+                vcpu.arch.requests |= KvmRequest.DIRTY_RING_SOFT_FULL
     elif slot.dirty_bitmap is not None:
         slot.dirty_bitmap.set(first, first + npages, True)
     if kvm.linux.tp.emit:
@@ -121,7 +127,7 @@ def kvm_vm_ioctl_clear_dirty_log(
         yield from kvm.mmu_lock.acquire_write()
         dirty = [
             (max(s, lo), min(e, hi))
-            for lo, hi in _bit_runs(image, log.first_page)
+            for lo, hi in _bit_runs(int.from_bytes(image, "little"), log.first_page)
             for s, e, held in bitmap.runs(lo, min(hi, slot.npages))
             if held
         ]
@@ -167,9 +173,8 @@ def kvm_vm_ioctl_reset_dirty_pages(kvm: "Kvm") -> Steps[int]:
     yield from kvm.slots_lock.acquire()
     try:
         for vcpu in kvm.vcpus:
-            while vcpu.dirty_ring and (entry := vcpu.dirty_ring.pop_harvested()) is not None:
-                yield from _reset_dirty_gfn(kvm, entry)
-                cleared += 1
+            if vcpu.dirty_ring is not None:
+                cleared += yield from _dirty_ring_reset(kvm, vcpu.dirty_ring)
         if cleared:
             kvm.flush_remote_tlbs()
     finally:
@@ -177,16 +182,41 @@ def kvm_vm_ioctl_reset_dirty_pages(kvm: "Kvm") -> Steps[int]:
     return cleared
 
 
-def _reset_dirty_gfn(kvm: "Kvm", entry: KvmDirtyGfn) -> Steps[None]:
-    """kvm_reset_dirty_gfn(): user space may have written anything into the entry."""
+def _dirty_ring_reset(kvm: "Kvm", ring: KvmDirtyRing) -> Steps[int]:
+    """kvm_dirty_ring_reset(): neighbours of one slot are reset together, a 64-bit mask at a time."""
+    count = slot = offset = mask = 0
+    while (entry := ring.pop_harvested()) is not None:
+        count += 1
+        delta = entry.offset - offset
+        if mask and entry.slot == slot and 0 <= delta < _BITS_PER_LONG:
+            mask |= 1 << delta
+            continue
+        backwards = mask << -delta if -_BITS_PER_LONG < delta < 0 else 0
+        if entry.slot == slot and backwards and not backwards >> _BITS_PER_LONG:
+            offset, mask = entry.offset, backwards | 1
+            continue
+        yield from _reset_dirty_gfn(kvm, slot, offset, mask)
+        slot, offset, mask = entry.slot, entry.offset, 1
+    yield from _reset_dirty_gfn(kvm, slot, offset, mask)
+    return count
+
+
+def _reset_dirty_gfn(kvm: "Kvm", number: int, offset: int, mask: int) -> Steps[None]:
+    """kvm_reset_dirty_gfn(): user space may have written anything into the entries.
+
+    A mask of which one page lies beyond the slot is dropped whole.
+    """
+    if not mask:
+        return
     try:
-        slot = _find(kvm, entry.slot)
+        slot = _find(kvm, number)
     except KernelError:
         return
-    if slot is None or entry.offset >= slot.npages:
+    if slot is None or offset + mask.bit_length() > slot.npages:
         return
     yield from kvm.mmu_lock.acquire_write()
-    _write_protect(kvm, slot, entry.offset, entry.offset + 1)
+    for first, last in _bit_runs(mask, offset):
+        _write_protect(kvm, slot, first, last)
     kvm.mmu_lock.release_write()
 
 
@@ -251,9 +281,8 @@ def _longs(bitmap: RangeMap[bool], first: int, last: int) -> bytes:
     return image.to_bytes(-(-(last - first) // _BITS_PER_LONG) * 8, "little")
 
 
-def _bit_runs(image: bytes, first: int) -> list[tuple[int, int]]:
+def _bit_runs(bits: int, first: int) -> list[tuple[int, int]]:
     """Runs [lo, hi) of set bits, counted from `first`."""
-    bits = int.from_bytes(image, "little")
     runs = []
     at = first
     while bits:

@@ -9,7 +9,6 @@ Locks: slots_lock for a reset; the vCPU's mutex for a push.
 """
 
 from softcvm.abi.layout import U32, U64, Layout
-from softcvm.kernel.errors import Unmodelled
 from softcvm.sim.addr import PAGE_SHIFT, PAGE_SIZE
 from softcvm.sim.state import State
 
@@ -52,18 +51,21 @@ class KvmDirtyRing(State):
         self.reset_index = 0
 
     @property
+    def used(self) -> int:
+        """A u32: huge when user space has made up entries and had them reset."""
+        return self.dirty_index - self.reset_index & (1 << 32) - 1
+
+    @property
+    def full(self) -> bool:
+        return self.used >= self.size
+
+    @property
     def soft_full(self) -> bool:
         """kvm_dirty_ring_soft_full(): only the reserve is left."""
-        used = self.dirty_index - self.reset_index
-        return used >= self.size - KVM_DIRTY_RING_RSVD_ENTRIES
+        return self.used >= self.size - KVM_DIRTY_RING_RSVD_ENTRIES
 
     def push(self, slot: int, offset: int) -> None:
-        """kvm_dirty_ring_push(): publish a page.
-
-        Linux does not look whether an entry is left, which a long KVM_PRE_FAULT_MEMORY can use up.
-        """
-        if self.dirty_index - self.reset_index >= self.size:
-            raise Unmodelled(f"a dirty ring of {self.size} entries overflows")
+        """kvm_dirty_ring_push(): publish a page; over the oldest one when the ring is full."""
         self._store(
             self.dirty_index, KvmDirtyGfn(flags=KVM_DIRTY_GFN_F_DIRTY, slot=slot, offset=offset)
         )

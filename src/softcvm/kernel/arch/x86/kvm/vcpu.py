@@ -45,6 +45,7 @@ class KvmRequest(IntFlag):
     """vcpu->requests: what the vCPU is to do before it enters the guest again (KVM_REQ_*)."""
 
     UPDATE_PROTECTED_GUEST_STATE = 1 << 0
+    DIRTY_RING_SOFT_FULL = 1 << 1
 
 
 MSR_IA32_CR_PAT = 0x277

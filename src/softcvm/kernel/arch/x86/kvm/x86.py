@@ -136,9 +136,13 @@ def _vcpu_enter_guest(vcpu: "KvmVcpu") -> Steps[int]:
     kvm, arch = vcpu.kvm, vcpu.arch
     if kvm.vm_dead:  # KVM_REQ_VM_DEAD, which is never cleared
         raise KernelError(EIO, "the VM is dead")
-    if vcpu.dirty_ring is not None and vcpu.dirty_ring.soft_full:
-        vcpu.run.exit_reason = KvmExit.DIRTY_RING_FULL  # KVM_REQ_DIRTY_RING_SOFT_FULL
-        return 0
+    if arch.requests & KvmRequest.DIRTY_RING_SOFT_FULL:
+        if vcpu.dirty_ring is not None and vcpu.dirty_ring.soft_full:
+            vcpu.run.exit_reason = (
+                KvmExit.DIRTY_RING_FULL
+            )  # asked again until the ring is reset
+            return 0
+        arch.requests &= ~KvmRequest.DIRTY_RING_SOFT_FULL
     if arch.requests & KvmRequest.UPDATE_PROTECTED_GUEST_STATE:
         arch.requests &= ~KvmRequest.UPDATE_PROTECTED_GUEST_STATE
         yield from kvm_vcpu_reset(vcpu)

@@ -302,10 +302,7 @@ def svm_vcpu_run(vcpu: "KvmVcpu") -> Steps[int]:
 def _exit_request(vcpu: "KvmVcpu") -> bool:
     """kvm_vcpu_exit_request(): something came up since the run loop looked."""
     return (
-        vcpu.kvm.vm_dead
-        or bool(vcpu.arch.requests)
-        or (vcpu.dirty_ring is not None and vcpu.dirty_ring.soft_full)
-        or kvm_apic_has_pending_init_or_sipi(vcpu)
+        vcpu.kvm.vm_dead or bool(vcpu.arch.requests) or kvm_apic_has_pending_init_or_sipi(vcpu)
     )
 
 
