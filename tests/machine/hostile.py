@@ -218,6 +218,16 @@ class World(HostWorld):
             cap = KvmEnableCap(cap=k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, arg0=options)
             yield from self.ioctl(held.actor, held.fd, k.KVM_ENABLE_CAP, cap)
 
+    @action(vm=ANY, size=(4096, 4096, 8192, 0, 16), reset=YES)
+    def dirty_rings(self, vm: int, size: int, reset: bool) -> Steps[None]:
+        """Rings for a VM that has no vCPU yet, or a reset of what nobody harvested."""
+        held = pick(self.vms, vm)
+        if held is not None and reset:
+            yield from self.ioctl(held.actor, held.fd, k.KVM_RESET_DIRTY_RINGS)
+        elif held is not None:
+            cap = KvmEnableCap(cap=k.KVM_CAP_DIRTY_LOG_RING_ACQ_REL, arg0=size)
+            yield from self.ioctl(held.actor, held.fd, k.KVM_ENABLE_CAP, cap)
+
     @action(vm=ANY, gfn=GFNS, npages=NPAGES, private=YES)
     def set_attributes(self, vm: int, gfn: int, npages: int, private: bool) -> Steps[None]:
         held = pick(self.vms, vm)

@@ -5,8 +5,8 @@ check in its order.  A slot with a guest_memfd has two backings: private pages f
 shared ones from its user address.  Binding the gmem is guest_memfd.py; attributes are
 mem_attributes.py and need no slot.
 
-Locks: slots_lock around every change; synchronize_srcu() between making a slot INVALID and
-zapping it.  A change waits for running notifier invalidations, which must find the same
+Locks: slots_lock around every change; synchronize_srcu() after each, so that nobody uses the
+slots as they were when what they mapped is zapped or write-protected.  A change waits for running notifier invalidations, which must find the same
 memslots at their end.
 """
 
@@ -310,8 +310,7 @@ def _change_flags(
     Not where all bits are set from the start: each is write-protected when user space clears it.
     """
     _prepare_dirty_bitmap(kvm, old, new)
-    yield from _wait_for_notifiers(kvm)
-    _replace(kvm, slots, old, new, "FLAGS_ONLY")
+    yield from _replace(kvm, slots, old, new, "FLAGS_ONLY")
     if not new.flags & MemFlag.LOG_DIRTY_PAGES or new.flags & MemFlag.READONLY:
         return
     if kvm.dirty_log_initially_set:
@@ -346,6 +345,7 @@ def _create(
     _prepare_dirty_bitmap(kvm, None, new)
     yield from _wait_for_notifiers(kvm)
     slots.insert(new)
+    yield from _synchronize_srcu(kvm)
     kvm.nr_memslot_pages += new.npages
     _tell(kvm, "CREATE", new)
 
@@ -356,12 +356,17 @@ def _wait_for_notifiers(kvm: "Kvm") -> Steps[None]:
         yield from preempt("wait for mmu notifiers")
 
 
+def _synchronize_srcu(kvm: "Kvm") -> Steps[None]:
+    """The end of kvm_swap_active_memslots(): until nobody uses the slots as they were before."""
+    yield from kvm.srcu.acquire_write()
+    kvm.srcu.release_write()
+
+
 def _invalidate(kvm: "Kvm", slot: KvmMemorySlot) -> Steps[None]:
     """kvm_invalidate_memslot(): no new use of the slot, wait for the running ones, zap what it
     mapped."""
     slot.invalid = True
-    yield from kvm.srcu.acquire_write()  # synchronize_srcu()
-    kvm.srcu.release_write()
+    yield from _synchronize_srcu(kvm)
     yield from kvm.mmu_lock.acquire_write()
     if (
         kvm.arch.vm_type is VmType.DEFAULT
@@ -380,6 +385,7 @@ def _delete(kvm: "Kvm", slots: Memslots, old: KvmMemorySlot) -> Steps[None]:
     yield from _invalidate(kvm, old)
     yield from _wait_for_notifiers(kvm)
     slots.remove(old)
+    yield from _synchronize_srcu(kvm)
     kvm.nr_memslot_pages -= old.npages
     _tell(kvm, "DELETE", old)
     if old.can_be_private:
@@ -394,15 +400,16 @@ def _move(kvm: "Kvm", slots: Memslots, old: KvmMemorySlot, new: KvmMemorySlot) -
         old.invalid = False
         raise
     _prepare_dirty_bitmap(kvm, old, new)
-    yield from _wait_for_notifiers(kvm)
-    _replace(kvm, slots, old, new, "MOVE")
+    yield from _replace(kvm, slots, old, new, "MOVE")
 
 
 def _replace(
     kvm: "Kvm", slots: Memslots, old: KvmMemorySlot, new: KvmMemorySlot, change: str
-) -> None:
+) -> Steps[None]:
+    yield from _wait_for_notifiers(kvm)
     slots.remove(old)
     slots.insert(new)
+    yield from _synchronize_srcu(kvm)
     _tell(kvm, change, new)
 
 
