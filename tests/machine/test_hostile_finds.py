@@ -182,3 +182,39 @@ def test_launch_update_of_a_running_guest_lets_a_fault_clear_an_assigned_page(
         return oops
 
     assert any(raced(split) for split in range(60))
+
+
+def test_switching_the_dirty_log_on_waits_for_faults_that_saw_the_slot_without_it() -> None:
+    """synchronize_srcu() in kvm_swap_active_memslots(): or a page would be writable and in no log."""
+    outcomes = set()
+
+    def both(split: int) -> int:
+        machine = Machine(memory=64 * MIB)
+        calls = VmCalls(machine.process(), VmType.DEFAULT)
+        addr, proc = anon(calls.sys, MIB), machine.linux.processes[0]
+        calls.region(size=MIB, hva=addr)
+        page = KvmPreFaultMemory(size=PAGE)
+        slot = KvmUserspaceMemoryRegion2(flags=1, memory_size=MIB, userspace_addr=addr)
+        vcpu = calls.vcpu()
+
+        def fault() -> Any:
+            return dispatch.sys_ioctl(proc, vcpu, k.KVM_PRE_FAULT_MEMORY, page.data)
+
+        def log() -> Any:
+            request = k.KVM_SET_USER_MEMORY_REGION2
+            return dispatch.sys_ioctl(proc, calls.fd, request, slot.data)
+
+        if split < 0:
+            return steps_of(machine.linux, fault())
+        run_split(machine.linux, fault, log, split)
+        (kvm,) = machine.linux.vm_list
+        leaf, bitmap = kvm.arch.npt.lookup(0), kvm.memslots[0].by_id[0].dirty_bitmap
+        assert leaf is not None
+        assert bitmap is not None
+        assert bitmap[0] or not leaf.writable
+        outcomes.add(leaf.writable)
+        return 0
+
+    for split in range(both(-1) + 1):
+        both(split)
+    assert outcomes == {True, False}  # logged while it came in, or write-protected afterwards
