@@ -40,6 +40,7 @@ _STRUCTS = {
     "kvm_enc_region": "addr size",
     "kvm_dirty_log": "slot padding1 dirty_bitmap",
     "kvm_clear_dirty_log": "slot num_pages first_page dirty_bitmap",
+    "kvm_dirty_gfn": "flags slot offset",
     "kvm_enable_cap": "cap flags args pad",
     "kvm_device_attr": "flags group attr addr",
     "kvm_regs": "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip rflags",

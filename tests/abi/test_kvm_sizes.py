@@ -26,6 +26,7 @@ STRUCTS: dict[str, type[Layout]] = {
     "kvm_enc_region": memory.KvmEncRegion,
     "kvm_dirty_log": memory.KvmDirtyLog,
     "kvm_clear_dirty_log": memory.KvmClearDirtyLog,
+    "kvm_dirty_gfn": memory.KvmDirtyGfn,
     "kvm_enable_cap": vcpu.KvmEnableCap,
     "kvm_device_attr": vcpu.KvmDeviceAttr,
     "kvm_regs": vcpu.KvmRegs,

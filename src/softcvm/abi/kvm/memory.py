@@ -8,14 +8,18 @@ from enum import IntEnum, IntFlag
 from softcvm.abi.layout import U32, U64, Bytes, Layout
 
 __all__ = (
+    "KVM_DIRTY_GFN_F_DIRTY",
+    "KVM_DIRTY_GFN_F_RESET",
     "KVM_DIRTY_LOG_INITIALLY_SET",
     "KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE",
+    "KVM_DIRTY_LOG_PAGE_OFFSET",
     "KVM_HC_MAP_GPA_RANGE",
     "KVM_LINK_GUEST_MEMFD",
     "KVM_MEMORY_ATTRIBUTE_PRIVATE",
     "GmemFlag",
     "KvmClearDirtyLog",
     "KvmCreateGuestMemfd",
+    "KvmDirtyGfn",
     "KvmDirtyLog",
     "KvmEncRegion",
     "KvmLinkGuestMemfd",
@@ -125,6 +129,20 @@ class KvmEncRegion(Layout, size=16):
 KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE = 1 << 0
 KVM_DIRTY_LOG_INITIALLY_SET = 1 << 1
 """Arguments of KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2."""
+
+
+KVM_DIRTY_LOG_PAGE_OFFSET = 64
+"""Page of the vCPU's fd at which its dirty ring begins, on x86."""
+KVM_DIRTY_GFN_F_DIRTY = 1 << 0
+KVM_DIRTY_GFN_F_RESET = 1 << 1
+
+
+class KvmDirtyGfn(Layout, size=16):
+    """One entry of a dirty ring."""
+
+    flags = U32(0)
+    slot = U32(4)
+    offset = U64(8)
 
 
 class KvmDirtyLog(Layout, size=16):

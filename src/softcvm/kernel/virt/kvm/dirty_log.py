@@ -13,7 +13,7 @@ atomically.
 from errno import E2BIG, EINVAL, ENOENT, ENXIO
 from typing import TYPE_CHECKING, NamedTuple
 
-from softcvm.abi.kvm.memory import KvmClearDirtyLog, KvmDirtyLog, MemFlag
+from softcvm.abi.kvm.memory import KvmClearDirtyLog, KvmDirtyGfn, KvmDirtyLog, MemFlag
 from softcvm.kernel.arch.x86.kvm.mmu.tdp_mmu import kvm_mmu_write_protect
 from softcvm.kernel.arch.x86.kvm.vcpu import KvmRequest
 from softcvm.kernel.errors import KernelError
@@ -21,7 +21,6 @@ from softcvm.kernel.mm.uaccess import copy_from_user, copy_to_user
 from softcvm.kernel.virt.kvm.dirty_ring import (
     KVM_DIRTY_RING_MAX_ENTRIES,
     KVM_DIRTY_RING_RSVD_ENTRIES,
-    KvmDirtyGfn,
     KvmDirtyRing,
 )
 from softcvm.kernel.virt.kvm.memslots import KVM_USER_MEM_SLOTS, KvmMemorySlot

@@ -8,35 +8,15 @@ dirty_log.py's.
 Locks: slots_lock for a reset; the vCPU's mutex for a push.
 """
 
-from softcvm.abi.layout import U32, U64, Layout
+from softcvm.abi.kvm.memory import KVM_DIRTY_GFN_F_DIRTY, KVM_DIRTY_GFN_F_RESET, KvmDirtyGfn
 from softcvm.sim.addr import PAGE_SHIFT, PAGE_SIZE
 from softcvm.sim.state import State
 
-__all__ = (
-    "KVM_DIRTY_GFN_F_DIRTY",
-    "KVM_DIRTY_GFN_F_RESET",
-    "KVM_DIRTY_LOG_PAGE_OFFSET",
-    "KVM_DIRTY_RING_MAX_ENTRIES",
-    "KVM_DIRTY_RING_RSVD_ENTRIES",
-    "KvmDirtyGfn",
-    "KvmDirtyRing",
-)
+__all__ = ("KVM_DIRTY_RING_MAX_ENTRIES", "KVM_DIRTY_RING_RSVD_ENTRIES", "KvmDirtyRing")
 
-KVM_DIRTY_LOG_PAGE_OFFSET = 64
-"""Page of the vCPU's fd at which its ring begins, on x86."""
 KVM_DIRTY_RING_MAX_ENTRIES = 65536
 KVM_DIRTY_RING_RSVD_ENTRIES = 64
 """Entries kept free for what is logged before the vCPU is stopped; SVM adds none of its own."""
-KVM_DIRTY_GFN_F_DIRTY = 1 << 0
-KVM_DIRTY_GFN_F_RESET = 1 << 1
-
-
-class KvmDirtyGfn(Layout, size=16):
-    """struct kvm_dirty_gfn: one entry of a ring."""
-
-    flags = U32(0)
-    slot = U32(4)
-    offset = U64(8)
 
 
 class KvmDirtyRing(State):

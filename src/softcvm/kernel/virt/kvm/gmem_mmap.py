@@ -11,11 +11,10 @@ Locks: a fault holds mmap_lock and takes folio locks, with the option invalidate
 from errno import EINVAL, ENODEV
 from typing import TYPE_CHECKING
 
-from softcvm.abi.kvm.memory import GmemFlag
+from softcvm.abi.kvm.memory import KVM_DIRTY_LOG_PAGE_OFFSET, GmemFlag
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.memory import SIGBUS, BadAccess
 from softcvm.kernel.mm.mmap import MAP_PRIVATE, MAP_TYPE, PROT_EXEC, MmStruct, Vma, VmOps
-from softcvm.kernel.virt.kvm.dirty_ring import KVM_DIRTY_LOG_PAGE_OFFSET
 from softcvm.kernel.virt.kvm.gmem_convert import kvm_gmem_shared_until
 from softcvm.kernel.virt.kvm.gmem_inode import FolioRun, GmemInode, kvm_gmem_get_folio
 from softcvm.sim.addr import PAGE_SHIFT, Pfn

@@ -14,11 +14,12 @@ from softcvm.abi.kvm.memory import (
     KVM_DIRTY_LOG_INITIALLY_SET,
     KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
     KVM_HC_MAP_GPA_RANGE,
+    KvmDirtyGfn,
 )
 from softcvm.abi.kvm.vcpu import KvmEnableCap
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.virt.kvm.dirty_log import kvm_vm_ioctl_enable_dirty_log_ring
-from softcvm.kernel.virt.kvm.dirty_ring import KVM_DIRTY_RING_MAX_ENTRIES, KvmDirtyGfn
+from softcvm.kernel.virt.kvm.dirty_ring import KVM_DIRTY_RING_MAX_ENTRIES
 from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_supported_flags
 from softcvm.kernel.virt.kvm.kvm_main import (
     KVM_MAX_VCPU_IDS,

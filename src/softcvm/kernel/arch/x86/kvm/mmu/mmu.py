@@ -349,7 +349,7 @@ def _map(
             and _max_mapping_level(kvm, slot, base + count, found.max_level) is level
         ):
             count += size
-    if found.writable:
+    if found.writable and slot.flags & _LOG_DIRTY_PAGES:
         mark_page_dirty_in_slot(vcpu, slot, base, count)
     npt = kvm.arch.npt
     held = npt.translate(base, count)
