@@ -5,13 +5,11 @@ Owns the options and what is wrong with them; the life itself is boot_run.py, it
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from softcvm import __version__
 from softcvm.abi.cpu_types import CPU_SIGNATURES
-from softcvm.cli.errors import OutputError, UsageError
+from softcvm.cli.errors import UsageError
 from softcvm.cli.sizes import format_size, parse_number, parse_size, parse_u64
 
 if TYPE_CHECKING:
@@ -101,13 +99,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from softcvm.cli import boot_report
     from softcvm.cli.boot_run import boot
+    from softcvm.cli.recording import traced
     from softcvm.vmm.errors import VmmError
 
     name, image = _firmware(args.firmware)
     config = _config(args, name, image)
     machine = _machine(args)
     lines: list[str] = []
-    with _traced(machine, args.trace), boot_report.progress() as progress:
+    with traced(machine, args.trace), boot_report.progress() as progress:
         try:
             result = boot(machine, config, lines.append, progress)
         except VmmError as error:
@@ -227,36 +226,6 @@ def _machine(args: argparse.Namespace) -> "Machine":
     return Machine(
         kernel=args.kernel, cpu=args.cpu, memory=memory, gmem_max_order=args.gmem_order
     )
-
-
-@contextmanager
-def _traced(machine: "Machine", path: str | None) -> Iterator[None]:
-    """Every event of the machine as a line of JSON."""
-    if path is None:
-        yield
-        return
-    from softcvm.cli.inputs import naming
-    from softcvm.sim.events import encode
-
-    with naming(path):
-        file = open(path, "w", encoding="ascii")  # noqa: SIM115 - closing can fail, too
-
-    def write(event: tuple[object, ...]) -> None:
-        # An OSError would look like one of the machine's system calls to the VMM.
-        try:
-            print(encode(event), file=file)
-        except OSError as error:
-            raise OutputError(f"{path}: {error.strerror}") from error
-
-    detach = machine.events.attach(write)
-    try:
-        yield
-    finally:
-        detach()
-        try:
-            file.close()
-        except OSError as error:
-            raise OutputError(f"{path}: {error.strerror}") from error
 
 
 def _count(text: str) -> int:

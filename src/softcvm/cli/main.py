@@ -37,6 +37,10 @@ COMMANDS = {
         "softcvm.cli.measure",
         "compute the launch digest of a guest, as sev-snp-measure does",
     ),
+    "trace": (
+        "softcvm.cli.trace",
+        "list what a recorded run did, or what happened to one page of it",
+    ),
 }
 """Name -> (module, what --help says)."""
 

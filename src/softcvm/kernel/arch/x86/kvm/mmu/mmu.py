@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from softcvm.kernel.virt.kvm.memslots import KvmMemorySlot
 
 __all__ = (
-    "NestedPageFault",
+    "KvmPageFault",
     "RetPf",
     "kvm_arch_vcpu_pre_fault_memory",
     "kvm_mmu_page_fault",
@@ -67,8 +67,8 @@ class RetPf(IntEnum):
     SPURIOUS = 6
 
 
-class NestedPageFault(NamedTuple):
-    """KVM resolved, or refused, a fault on gfn; `error` is 0 or an errno."""
+class KvmPageFault(NamedTuple):
+    """KVM resolved, or refused, a fault on gfn (Linux: tracepoint kvm_page_fault)."""
 
     vm: int
     vcpu: int
@@ -222,7 +222,7 @@ def _do_page_fault(
     finally:
         if kvm.linux.tp.emit and outcome:
             kvm.linux.tp.emit(
-                NestedPageFault(kvm.id, vcpu.vcpu_id, gfn, mapped, error_code, outcome, level)
+                KvmPageFault(kvm.id, vcpu.vcpu_id, gfn, mapped, error_code, outcome, level)
             )
 
 
