@@ -21,7 +21,7 @@ from softcvm.abi.snp_firmware import (
     SnpStatus,
 )
 from softcvm.abi.snp_platform import SnpInitEx
-from softcvm.abi.svm import ExitCode, SevFeatures
+from softcvm.abi.svm import ExitCode, NestedCtl, SevFeatures
 from softcvm.abi.vmsa import Vmsa
 from softcvm.hw.cpu.scripted import ScriptedCore
 from softcvm.hw.cpu.vmcb import Vmcb
@@ -39,6 +39,7 @@ MEMORY_PAGES = 8 * 512
 RMP_BASE = 12 << 20
 RMP_SIZE = 1 << 20
 POLICY = 0x3_0000
+EFER_SVME = 1 << 12
 
 
 class Exited(Exception):
@@ -96,6 +97,7 @@ class BareGuest:
         self.first_pfn = first_pfn
         self.npt = Npt()
         self.vmcb = Vmcb(asid, self.npt)
+        self.vmcb.nested_ctl |= NestedCtl.SEV_ENABLE | NestedCtl.SEV_ES_ENABLE
         self.pages = 0
 
     def spa(self, gfn: int) -> int:
@@ -108,7 +110,7 @@ class BareGuest:
         command(soc, SnpCmd.GCTX_CREATE, SnpAddr(address=self.gctx))
         command(soc, SnpCmd.LAUNCH_START, SnpLaunchStart(gctx_paddr=self.gctx, policy=POLICY))
         command(soc, SnpCmd.ACTIVATE, SnpActivate(gctx_paddr=self.gctx, asid=self.asid))
-        vmsa = Vmsa(vmpl=vmpl, sev_features=int(SevFeatures.SNP_ACTIVE))
+        vmsa = Vmsa(vmpl=vmpl, efer=EFER_SVME, sev_features=int(SevFeatures.SNP_ACTIVE))
         self.add(bytes(vmsa), LaunchPageType.VMSA)
         for page in contents:
             self.add(page, LaunchPageType.NORMAL)

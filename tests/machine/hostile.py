@@ -419,7 +419,7 @@ class World(HostWorld):
     def run(self, vcpu: int, tape: int, more: int, register: bool, serve: bool) -> Steps[None]:
         """KVM_RUN of a guest with something to do, and an answer to each exit."""
         held: Vcpu | None = pick(self.vcpus, vcpu)
-        if held is not None and held.vm.vm_type != VmType.SNP:
+        if held is not None and held.vm.vm_type != VmType.SNP and tape % 2:
             held = pick([one for one in self.vcpus if one.vm.vm_type == VmType.SNP], vcpu)
         if held is None:
             return

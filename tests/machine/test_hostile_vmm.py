@@ -37,7 +37,8 @@ UNMODELLED = (
     "the OOM killer",
     "emulating a shared access to GPA",
     "KVM_ENABLE_CAP on a vCPU",
-    "running a ",
+    "an encrypted access under ASID",
+    "MSR ",
     "moving or mirroring an SNP VM before",
 )
 """What these walks may run into that no kernel path models."""

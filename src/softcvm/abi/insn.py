@@ -1,7 +1,8 @@
 """What a guest's processor is asked to do: one tuple per instruction or access.
 
 Scripted guests yield these; the machine-code core decodes to the same ones.  A guest without page tables
-of its own names guest physical addresses and says for each access whether its C-bit is set.
+of its own names guest physical addresses and says for each access whether its C-bit is set; without SEV
+there is no such bit, and what the guest says of it counts for nothing.
 
 An access or instruction with `count` stands for that many in ascending order, one per page of its size;
 it ends early at the first that faults, and what came before stays done.
@@ -15,7 +16,9 @@ __all__ = (
     "Fetch",
     "GuestOp",
     "Hlt",
+    "In",
     "Load",
+    "Out",
     "Program",
     "Pvalidate",
     "PvalidateOut",
@@ -27,6 +30,7 @@ __all__ = (
     "Store",
     "Touch",
     "Vmgexit",
+    "Vmmcall",
     "Wrmsr",
 )
 
@@ -113,15 +117,40 @@ class Rdmsr(NamedTuple):
     msr: int
 
 
+class In(NamedTuple):
+    """IN of 1, 2 or 4 bytes: the guest gets the number, under SEV-ES #VC 0x7b."""
+
+    port: int
+    size: int = 1
+
+
+class Out(NamedTuple):
+    """OUT of the lowest 1, 2 or 4 bytes of a number; under SEV-ES #VC 0x7b."""
+
+    port: int
+    value: int
+    size: int = 1
+
+
+class Vmmcall(NamedTuple):
+    """VMMCALL with RAX and RBX, RCX, RDX, RSI: the guest gets RAX, under SEV-ES #VC 0x81."""
+
+    nr: int
+    args: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+
 class Cpuid(NamedTuple):
-    """CPUID: intercepted under SEV-ES, so the guest always gets #VC 0x72."""
+    """CPUID: the guest gets (EAX, EBX, ECX, EDX) as the hypervisor answers; under SEV-ES #VC 0x72."""
 
     function: int
     index: int = 0  # type: ignore[assignment]  # not tuple.index
 
 
 class Vmgexit(NamedTuple):
-    """VMGEXIT F3 0F 01 D9.  The guest gets the GHCB MSR as the hypervisor left it."""
+    """VMGEXIT F3 0F 01 D9.  The guest gets the GHCB MSR as the hypervisor left it.
+
+    Without SEV-ES it is a VMMCALL, with the registers as they are.  [APM3-24594 VMGEXIT]
+    """
 
 
 class StartState(NamedTuple):
@@ -146,6 +175,9 @@ GuestOp = (
     | Wrmsr
     | Rdmsr
     | Cpuid
+    | In
+    | Out
+    | Vmmcall
     | Vmgexit
     | StartState
     | Hlt

@@ -9,9 +9,11 @@ from enum import IntEnum, IntFlag
 __all__ = (
     "VC_NOT_RESTARTABLE",
     "VC_NOT_VALIDATED",
+    "EventInj",
     "ExitCode",
     "GuestException",
     "Msr",
+    "NestedCtl",
     "PfErr",
     "SevFeatures",
     "SevStatus",
@@ -99,6 +101,22 @@ class SevStatus(IntFlag):
     SEV = 1 << 0
     SEV_ES = 1 << 1
     SNP = 1 << 2
+
+
+class NestedCtl(IntFlag):
+    """Control area 0x90: what kind of guest VMRUN enters.  [APM2-24593 Table B-1]"""
+
+    NP_ENABLE = 1 << 0
+    SEV_ENABLE = 1 << 1
+    SEV_ES_ENABLE = 1 << 2
+
+
+class EventInj(IntFlag):
+    """EVENTINJ, over the vector in bits 7:0; an error code lies in bits 63:32.  [APM2-24593 §15.20]"""
+
+    TYPE_EXCEPTION = 3 << 8
+    ERROR_CODE_VALID = 1 << 11
+    VALID = 1 << 31
 
 
 class GuestException(Exception):

@@ -20,11 +20,10 @@ from softcvm.abi.ghcb import (
 )
 from softcvm.abi.insn import Load, Program, Rdmsr, Store, Vmgexit, Wrmsr
 from softcvm.abi.kvm import _generated_kvm as k
-from softcvm.abi.kvm.memory import KVM_HC_MAP_GPA_RANGE, VmType
+from softcvm.abi.kvm.memory import KVM_HC_MAP_GPA_RANGE
 from softcvm.abi.kvm.vcpu import KvmCpuidEntry2
 from softcvm.abi.sev import KvmSevInit, SevCmdId
 from softcvm.abi.svm import Msr
-from softcvm.kernel.errors import Unmodelled
 
 GPA = 0x1000
 ALWAYS = ("sw_exit_code", "sw_exit_info_1", "sw_exit_info_2")
@@ -337,10 +336,3 @@ def test_scratch_outside_the_page_is_version_1(boot: Any) -> None:
         host, ghcb(GhcbExit.PSC, sw_scratch=0x2000), init=KvmSevInit(ghcb_version=1)
     )
     assert answer.sw_exit_info_2 == 0x100 << 32  # MAP_GPA_RANGE exits are not enabled
-
-
-def test_only_snp_guests_run(host: Any) -> None:
-    vm = host.vm(VmType.DEFAULT, init=False)
-    vm.vcpu()
-    with pytest.raises(Unmodelled, match="DEFAULT"):
-        vm.run()

@@ -1,25 +1,27 @@
 """What every kind of core does at VMRUN and at #VMEXIT, whatever executes in between.
 
-[APM2-24593 §15.36.8, §15.36.12].  Owns the entry checks on the VMSA page, its in-use mark, and the guest's
-memory accesses; the instruction stream is a subclass's.
+[APM2-24593 §15.34, §15.36.8].  Owns the in-use mark of the VMSA page and the guest's memory accesses; what
+VMRUN refuses is vmrun.py, the instruction stream is the core's that uses this.
+
+A guest without SNP has no RMP entries of its own: what it writes must be the hypervisor's.  [§15.36.10]
 """
 
 from typing import Protocol
 
 from softcvm.abi.insn import Fetch, Load, Store, Touch
 from softcvm.abi.rmp import VmplPerm
-from softcvm.abi.svm import ExitCode, PfErr
-from softcvm.abi.vmsa import Vmsa
+from softcvm.abi.svm import NestedCtl, PfErr, SevFeatures, SevStatus
 from softcvm.hw.access import Translated, check_private, check_shared_write, walk
 from softcvm.hw.cpu.vmcb import Vmcb
+from softcvm.hw.cpu.vmrun import guest_state
 from softcvm.hw.events import VmExit
 from softcvm.hw.memenc import Key
-from softcvm.hw.rmp import ASID_MASK, ASID_SHIFT, ASSIGNED, IMMUTABLE, VMSA
 from softcvm.hw.soc import Soc
-from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE
+from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT
+from softcvm.sim.errors import Unmodelled
 from softcvm.sim.steps import Steps
 
-__all__ = ("Core", "GuestCpu", "VmExitRaised")
+__all__ = ("Core", "GuestCpu", "record_exit")
 
 
 _NESTED_WALK = int(PfErr.USER | PfErr.GUEST_FINAL)
@@ -34,75 +36,69 @@ class Core(Protocol):
         ...
 
 
-class VmExitRaised(Exception):
-    """Ends the guest's run with this exit."""
-
-    def __init__(self, code: ExitCode, info_1: int = 0, info_2: int = 0) -> None:
-        super().__init__(f"#VMEXIT({code.name}) {info_1:#x} {info_2:#x}")
-        self.code = code
-        self.info_1 = info_1
-        self.info_2 = info_2
-
-
 class GuestCpu:
     """The state of one entry into a guest: its ASID, key, VMPL, and how it reaches memory."""
 
     def __init__(self, soc: Soc, vmcb: Vmcb) -> None:
+        """VMRUN.  Raises VmExitRaised when it refuses."""
         self.soc = soc
         self.npt = vmcb.npt
         self.asid = vmcb.asid
-        self.vmsa_pa = self._vmrun_checks(soc, vmcb)
-        key = soc.key(vmcb.asid)
-        assert key is not None, "an ASID is runnable only while it has a key"
-        self.key: Key = key
-        vmsa = Vmsa(soc.dram.read(self.vmsa_pa, PAGE_SIZE, key))
-        self.vmsa = vmsa
-        self.vmpl = vmsa.vmpl
-        self.sev_features = vmsa.sev_features
-        soc.rmp.in_use.add(self.vmsa_pa >> PAGE_SHIFT)
+        self.vmsa = guest_state(soc, vmcb)
+        self.sev = bool(vmcb.nested_ctl & NestedCtl.SEV_ENABLE)
+        self.sev_es = bool(vmcb.nested_ctl & NestedCtl.SEV_ES_ENABLE)
+        self.sev_features = self.vmsa.sev_features if self.sev_es else 0
+        self.snp = bool(self.sev_features & SevFeatures.SNP_ACTIVE)
+        self.vmpl = self.vmsa.vmpl if self.snp else 0
+        self.vmsa_pa = vmcb.vmsa_pa if self.sev_es else None
+        if self.vmsa_pa is not None:
+            soc.rmp.in_use.add(self.vmsa_pa >> PAGE_SHIFT)
         soc.counters.vmrun += 1
 
     def leave(self, vmcb: Vmcb, code: int, info_1: int = 0, info_2: int = 0) -> None:
         """#VMEXIT: release the VMSA page and report."""
-        self.soc.rmp.in_use.discard(self.vmsa_pa >> PAGE_SHIFT)
+        if self.vmsa_pa is not None:
+            self.soc.rmp.in_use.discard(self.vmsa_pa >> PAGE_SHIFT)
         record_exit(self.soc, vmcb, code, info_1, info_2)
 
-    @staticmethod
-    def _vmrun_checks(soc: Soc, vmcb: Vmcb) -> int:
-        """sPA of a VMSA that may be run; VmExitRaised(INVALID) for any other."""
-        if vmcb.vmsa_pa is None or vmcb.vmsa_pa & PAGE_MASK or not vmcb.asid:
-            raise VmExitRaised(ExitCode.INVALID)
-        if not soc.psp.asid_runnable(vmcb.asid):
-            raise VmExitRaised(ExitCode.INVALID)
-        pfn = vmcb.vmsa_pa >> PAGE_SHIFT
-        attrs = soc.rmp.map[pfn][0]
-        owned = attrs & ASSIGNED and (attrs & ASID_MASK) >> ASID_SHIFT == vmcb.asid
-        if not soc.rmp.covered(pfn) or not owned or attrs & IMMUTABLE or not attrs & VMSA:
-            raise VmExitRaised(ExitCode.INVALID)
-        if pfn in soc.rmp.in_use:
-            raise VmExitRaised(ExitCode.INVALID)
-        return vmcb.vmsa_pa
+    def key(self, c: bool) -> Key | None:
+        """What an access with this C-bit is encrypted with."""
+        if not c or not self.sev:
+            return None
+        key = self.soc.key(self.asid)
+        if key is None:
+            raise Unmodelled(
+                f"an encrypted access under ASID {self.asid}, which has no guest's key"
+            )
+        return key
+
+    @property
+    def sev_status(self) -> int:
+        """The SEV_STATUS MSR.  [APM2-24593 §15.34.10]"""
+        status = SevStatus.SEV * self.sev | SevStatus.SEV_ES * self.sev_es
+        return status | self.sev_features << 2
 
     def load(self, op: Load, done: bytearray) -> bytes:
         """Read; `done` keeps what was read before a fault, so that the access can go on after it."""
-        error_code = _error_code(op.c)
+        error_code = self._error_code(op.c)
         while len(done) < op.length:
             at = op.gpa + len(done)
             where, length = self._reach(at, op.length - len(done), error_code, op.c)
             spa = (where.pfn << PAGE_SHIFT) + (at & PAGE_MASK)
-            if op.c:
-                done += self.soc.dram.read(spa, length, self.key)
+            key = self.key(op.c)
+            if key is not None:
+                done += self.soc.dram.read(spa, length, key)
             else:  # the plain view, the RMP's memory included
                 done += self.soc.host_read(spa, length)
         return bytes(done)
 
     def store(self, op: Store, done: int) -> int:
         """Write from byte `done` on up to the end of a page run; how far it came."""
-        error_code = _error_code(op.c, write=True)
+        error_code = self._error_code(op.c, write=True)
         at = op.gpa + done
         where, length = self._reach(at, len(op.data) - done, error_code, op.c)
         spa = (where.pfn << PAGE_SHIFT) + (at & PAGE_MASK)
-        self.soc.dram.write(spa, op.data[done : done + length], self.key if op.c else None)
+        self.soc.dram.write(spa, op.data[done : done + length], self.key(op.c))
         return done + length
 
     def touch(self, op: Touch, done: int) -> int:
@@ -111,24 +107,25 @@ class GuestCpu:
         A read of a page changes nothing.  Writing a byte back re-encrypts the page under this guest's
         key when it was last written under another.
         """
-        error_code = _error_code(op.c, write=op.write)
+        error_code = self._error_code(op.c, write=op.write)
         at = op.gpa + (done << PAGE_SHIFT)
         where, length = self._reach(
             at & ~PAGE_MASK, (op.count - done) << PAGE_SHIFT, error_code, op.c
         )
         if op.write:
-            key = self.key if op.c else None
+            key = self.key(op.c)
             for pfn in range(where.pfn, where.pfn + (length >> PAGE_SHIFT)):
                 spa = (pfn << PAGE_SHIFT) + (at & PAGE_MASK)
                 self.soc.dram.write(spa, self.soc.dram.read(spa, 1, key), key)
         return done + (length >> PAGE_SHIFT)
 
     def fetch(self, op: Fetch) -> None:
-        """Execute from a page: always private."""
-        error_code = _error_code(True, fetch=True)
+        """Execute from a page: always private, where there is such a thing."""
+        error_code = self._error_code(True, fetch=True)
         needs = VmplPerm.EXECUTE_USER if op.user else VmplPerm.EXECUTE_SUPERVISOR
         where = walk(self.soc, self.npt, self.asid, op.gpa >> PAGE_SHIFT, 1, error_code)
-        self._private(where, error_code, op.gpa & PAGE_MASK, needs)
+        if self.snp:
+            self._private(where, error_code, op.gpa & PAGE_MASK, needs)
 
     def _reach(self, gpa: int, length: int, error_code: int, c: bool) -> tuple[Translated, int]:
         """Translate and check; the run of pages at gpa, and how many bytes of the access it serves."""
@@ -138,7 +135,7 @@ class GuestCpu:
             self.soc, self.npt, self.asid, gpa >> PAGE_SHIFT, npages, error_code, offset
         )
         write = bool(error_code & _WRITE)
-        if c:
+        if c and self.snp:
             needs = VmplPerm.WRITE if write else VmplPerm.READ
             npages = self._private(where, error_code, offset, needs)
         elif write:
@@ -146,6 +143,17 @@ class GuestCpu:
         else:
             npages = where.npages
         return where, min(length, (npages << PAGE_SHIFT) - offset)
+
+    def _error_code(self, c: bool, *, write: bool = False, fetch: bool = False) -> int:
+        """What an access contributes to EXITINFO1; nested walks are always user accesses."""
+        code = _NESTED_WALK
+        if write:
+            code |= _WRITE
+        if fetch:
+            code |= _FETCH
+        if c and self.sev:
+            code |= _GUEST_ENC
+        return code
 
     def _private(self, where: Translated, error_code: int, offset: int, needs: VmplPerm) -> int:
         return check_private(
@@ -159,15 +167,3 @@ def record_exit(soc: Soc, vmcb: Vmcb, code: int, info_1: int = 0, info_2: int = 
     soc.counters.vmexit += 1
     if soc.tp.emit:
         soc.tp.emit(VmExit(vmcb.asid, code, info_1, info_2))
-
-
-def _error_code(c: bool, *, write: bool = False, fetch: bool = False) -> int:
-    """What an access contributes to EXITINFO1; nested walks are always user accesses."""
-    code = _NESTED_WALK
-    if write:
-        code |= _WRITE
-    if fetch:
-        code |= _FETCH
-    if c:
-        code |= _GUEST_ENC
-    return code

@@ -11,26 +11,25 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from softcvm.abi.insn import (
-    Cpuid,
     Fetch,
     GuestOp,
     Hlt,
     Load,
     Program,
     Pvalidate,
-    Rdmsr,
     Rmpadjust,
     Rmpquery,
     StartState,
     Store,
     Touch,
-    Vmgexit,
-    Wrmsr,
 )
-from softcvm.abi.svm import ExitCode, GuestException, Msr, SevStatus, Vector
+from softcvm.abi.svm import ExitCode, GuestException, Vector
+from softcvm.abi.vmsa import Vmsa
 from softcvm.hw.access import NptFault
-from softcvm.hw.cpu.core import GuestCpu, VmExitRaised, record_exit
+from softcvm.hw.cpu.core import GuestCpu, record_exit
+from softcvm.hw.cpu.intercepts import intercepted, outcome
 from softcvm.hw.cpu.vmcb import Vmcb
+from softcvm.hw.cpu.vmrun import VmExitRaised
 from softcvm.hw.insn.pvalidate import pvalidate
 from softcvm.hw.insn.rmpadjust import rmpadjust, rmpquery
 from softcvm.hw.soc import Soc
@@ -88,9 +87,10 @@ class ScriptedCore(State):
         except VmExitRaised as refused:
             record_exit(self.soc, vmcb, refused.code, refused.info_1, refused.info_2)
             return
-        self._choose_script(cpu.vmsa_pa, bytes(cpu.vmsa.data))
-        if self.waits:
-            self._finish(vmcb.ghcb_gpa if isinstance(self.op, Vmgexit) else None)
+        if cpu.vmsa_pa is not None:
+            self._choose_script(cpu.vmsa_pa, bytes(cpu.vmsa.data))
+        if self.waits and self.op is not None:
+            self._finish(outcome(cpu, vmcb, self.op))
         try:
             while True:
                 if self.op is None:
@@ -166,31 +166,18 @@ class ScriptedCore(State):
                 return _RUNNING if self.done < op.count else None
             case Fetch():
                 return cpu.fetch(op)
+            case Pvalidate() | Rmpadjust() | Rmpquery() if not cpu.snp:
+                raise GuestException(Vector.UD)
             case Pvalidate():
                 return pvalidate(self.soc, cpu.npt, cpu.asid, cpu.vmpl, op)
             case Rmpadjust():
                 return rmpadjust(self.soc, cpu.npt, cpu.asid, cpu.vmpl, op)
             case Rmpquery():
                 return rmpquery(self.soc, cpu.npt, cpu.asid, cpu.vmpl, op)
-            case Wrmsr():
-                if op.msr != Msr.SEV_ES_GHCB:
-                    raise GuestException(Vector.VC, ExitCode.MSR)
-                vmcb.ghcb_gpa = op.value
-                return None
-            case Rdmsr():
-                if op.msr == Msr.SEV_ES_GHCB:
-                    return vmcb.ghcb_gpa
-                if op.msr == Msr.SEV_STATUS:
-                    return int(SevStatus.SEV | SevStatus.SEV_ES) | cpu.sev_features << 2
-                raise GuestException(Vector.VC, ExitCode.MSR)
             case StartState():
-                return cpu.vmsa
-            case Cpuid():
-                raise GuestException(Vector.VC, ExitCode.CPUID)
-            case Vmgexit():
-                raise VmExitRaised(ExitCode.VMGEXIT)
-            case Hlt():
-                raise VmExitRaised(ExitCode.HLT)
+                return Vmsa(bytes(cpu.vmsa.data))
+            case _:
+                return intercepted(cpu, vmcb, op)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ScriptedCore":
         from copy import deepcopy

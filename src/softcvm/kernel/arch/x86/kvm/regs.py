@@ -36,6 +36,8 @@ __all__ = (
     "get_sregs",
     "get_sregs2",
     "get_xcrs",
+    "is_64_bit_mode",
+    "kvm_get_linear_rip",
     "set_cpuid2",
     "set_debugregs",
     "set_fpu",
@@ -78,6 +80,22 @@ def _refuse_protected(vcpu: "KvmVcpu", what: str) -> None:
         raise KernelError(
             EINVAL, f"{what} of vCPU {vcpu.vcpu_id}: the guest's state is protected"
         )
+
+
+def is_64_bit_mode(vcpu: "KvmVcpu") -> bool:
+    """Long mode, and in a 64-bit code segment."""
+    sregs = vcpu.arch.sregs
+    return bool(sregs.efer & _EFER_LMA) and bool(sregs.segment("cs").l)
+
+
+def kvm_get_linear_rip(vcpu: "KvmVcpu") -> int:
+    """0 when RIP cannot be read."""
+    arch = vcpu.arch
+    if arch.guest_state_protected:
+        return 0
+    if is_64_bit_mode(vcpu):
+        return arch.regs.rip
+    return arch.sregs.segment("cs").base + arch.regs.rip & 0xFFFF_FFFF
 
 
 def get_regs(vcpu: "KvmVcpu") -> KvmRegs:

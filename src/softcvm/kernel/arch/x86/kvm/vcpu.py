@@ -88,6 +88,7 @@ class VcpuArch(State):
         "guest_state_protected",
         "has_run",
         "completes",
+        "pio_linear_rip",
         "requests",
         "apic_init",
         "apic_sipi",
@@ -115,6 +116,8 @@ class VcpuArch(State):
         self.has_run = False
         """It entered the guest at least once (last_vmentry_cpu)."""
         self.complete_userspace_io: CompleteUserspaceIo | None = None
+        self.pio_linear_rip = 0
+        """Where the port I/O under way stands; user space may have moved the vCPU meanwhile."""
         self.requests = KvmRequest(0)
         self.apic_init = self.apic_sipi = False
         """INIT and SIPI that the local APIC holds until the vCPU takes them (pending_events)."""

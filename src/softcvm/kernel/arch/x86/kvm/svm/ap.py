@@ -69,7 +69,10 @@ def sev_snp_ap_creation(vcpu: "KvmVcpu") -> Steps[int]:
     Anything wrong is INVALID_INPUT to the guest, and the target is left as it was.
     """
     sev_es = vcpu.arch.svm.sev_es
-    request, apic_id = sev_es.info_1 & 0xFFFF_FFFF, sev_es.info_1 >> 32
+    request, apic_id = (
+        vcpu.arch.svm.vmcb.exit_info_1 & 0xFFFF_FFFF,
+        vcpu.arch.svm.vmcb.exit_info_1 >> 32,
+    )
     target = next((v for v in vcpu.kvm.vcpus if v.vcpu_id == apic_id), None)
     refused = f"no vCPU has APIC ID {apic_id:#x}"
     if target is not None:
@@ -84,7 +87,14 @@ def sev_snp_ap_creation(vcpu: "KvmVcpu") -> Steps[int]:
     tp = vcpu.kvm.linux.tp
     if tp.emit:
         tp.emit(
-            SnpApCreation(vcpu.kvm.id, vcpu.vcpu_id, apic_id, request, sev_es.info_2, refused)
+            SnpApCreation(
+                vcpu.kvm.id,
+                vcpu.vcpu_id,
+                apic_id,
+                request,
+                vcpu.arch.svm.vmcb.exit_info_2,
+                refused,
+            )
         )
     if refused:
         assert sev_es.ghcb is not None
@@ -97,7 +107,7 @@ def _refusal(vcpu: "KvmVcpu", request: int) -> str:
     if request == ApCreation.DESTROY:
         return ""
     sev = sev_info(vcpu.kvm)
-    features, gpa = vcpu.arch.regs.rax, vcpu.arch.svm.sev_es.info_2
+    features, gpa = vcpu.arch.regs.rax, vcpu.arch.svm.vmcb.exit_info_2
     if request > ApCreation.DESTROY:
         return f"request {request:#x}"  # a VMPL other than 0 makes one, too
     compared = ~0 if vcpu.kvm.linux.profile.ap_features_all_match else int(_INT_INJ_MODES)
@@ -118,7 +128,7 @@ def _request(vcpu: "KvmVcpu", target: "KvmVcpu", request: ApCreation) -> Steps[N
     """
     sev_es = target.arch.svm.sev_es
     destroy = request is ApCreation.DESTROY
-    sev_es.snp_pending_vmsa_gpa = None if destroy else Gpa(vcpu.arch.svm.sev_es.info_2)
+    sev_es.snp_pending_vmsa_gpa = None if destroy else Gpa(vcpu.arch.svm.vmcb.exit_info_2)
     sev_es.snp_ap_waiting_for_reset = True
     if request is ApCreation.CREATE_ON_INIT:
         return

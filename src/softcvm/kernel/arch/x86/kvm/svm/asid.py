@@ -11,6 +11,7 @@ from errno import EBUSY, ENOTTY
 from typing import TYPE_CHECKING
 
 from softcvm.abi.snp_firmware import SevCmd, SnpCmd
+from softcvm.hw.cpu.cpuid import cpuid
 from softcvm.kernel.drivers.crypto.ccp.sev_dev import sev_do_cmd
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.locks import Rank
@@ -23,11 +24,14 @@ if TYPE_CHECKING:
 
 __all__ = ("SevAsids",)
 
+_SVM_LEAF = 0x8000_000A
+"""CPUID leaf whose EBX is the number of ASIDs."""
+
 
 class SevAsids(State):
     """ASIDs 1 .. max_sev_asid: below min_sev_asid for SEV-ES and SNP, the rest for plain SEV."""
 
-    saved = ("used", "reclaim")
+    saved = ("used", "reclaim", "next_asid", "asid_generation")
     derived = {
         "linux": "the host",
         "min_sev_asid": "the processor's",
@@ -44,6 +48,10 @@ class SevAsids(State):
         """sev_asid_bitmap: given out, or given back and not flushed yet."""
         self.reclaim: set[int] = set()
         """sev_reclaim_asid_bitmap: given back."""
+        self.next_asid = self.max_sev_asid + 1
+        """Of vCPUs without SEV (svm_cpu_data.next_asid)."""
+        self.asid_generation = 1
+        """How often those began anew; a vCPU of an older generation takes another."""
         self.sev_bitmap_lock = Mutex(linux.lockdep, "sev_bitmap_lock", Rank.SEV_BITMAP_LOCK)
         self.sev_deactivate_lock = RwSem(
             linux.lockdep, "sev_deactivate_lock", Rank.SEV_DEACTIVATE_LOCK
@@ -71,6 +79,16 @@ class SevAsids(State):
             return asid
         finally:
             self.sev_bitmap_lock.release()
+
+    def new_plain(self) -> int:
+        """new_asid(): the next one without SEV; past the last, all are flushed and given out anew."""
+        soc = self.linux.soc
+        if self.next_asid > cpuid(soc.profile, _SVM_LEAF, 0).ebx - 1:
+            self.next_asid = self.max_sev_asid + 1
+            self.asid_generation += 1
+            soc.flush_tlb(0)
+        self.next_asid += 1
+        return self.next_asid - 1
 
     def free(self, asid: Asid) -> Steps[None]:
         """sev_asid_free(): not to be used again before the next flush."""

@@ -1,7 +1,7 @@
-"""What KVM does for a guest that asks by VMGEXIT: CPUID, HLT, port I/O, MMIO (arch/x86/kvm/{x86,svm/sev}.c, v7.2).
+"""What KVM does for an instruction that a guest leaves to it: CPUID, HLT, port I/O, MMIO (arch/x86/kvm/{x86,svm/sev}.c, v7.2).
 
-No device lives in this kernel: port I/O and MMIO always leave to user space.  Registers are those the
-guest put into the GHCB; results go back there when the vCPU is entered again.
+No device lives in this kernel: port I/O and MMIO always leave to user space.  Registers are the guest's, or
+those that an SEV-ES guest put into the GHCB; results go back there when the vCPU is entered again.
 """
 
 from errno import EINVAL
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from softcvm.abi.ghcb import GhcbError, GhcbExit, IoioInfo
 from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.kvm.vcpu import KvmCpuidEntry2, MpState
+from softcvm.kernel.arch.x86.kvm.regs import is_64_bit_mode, kvm_get_linear_rip
 from softcvm.kernel.arch.x86.kvm.svm.msr import msr_interception
-from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info
+from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_es_guest, sev_info
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_emulate_hypercall, kvm_vcpu_has_events
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.sim.addr import PAGE_SIZE
@@ -27,6 +28,7 @@ __all__ = (
     "kvm_emulate_halt",
     "sev_es_mmio",
     "svm_invoke_exit_handler",
+    "svm_skip_emulated_instruction",
 )
 
 _CPUID_SIGNIFICANT_INDEX = 1
@@ -34,6 +36,7 @@ _KVM_EXIT_IO_IN, _KVM_EXIT_IO_OUT = 0, 1
 _INTERNAL_ERROR_UNEXPECTED_EXIT_REASON = 4
 _KVM_MMIO_SIZE = 8
 _INT_MAX = (1 << 31) - 1
+_QUIRK_OUT_7E_INC_RIP = 1 << 3
 
 
 class StringIo(NamedTuple):
@@ -52,11 +55,11 @@ def svm_invoke_exit_handler(vcpu: "KvmVcpu", code: GhcbExit) -> Steps[int]:
     match code:
         case GhcbExit.CPUID:
             kvm_emulate_cpuid(vcpu)
-            return 1
+            return svm_skip_emulated_instruction(vcpu)
         case GhcbExit.IOIO:
             return (yield from _io_interception(vcpu))
         case GhcbExit.MSR:
-            return msr_interception(vcpu)
+            return svm_skip_emulated_instruction(vcpu) if msr_interception(vcpu) else 1
         case GhcbExit.VMMCALL:
             return _vmmcall_interception(vcpu)
         case GhcbExit.READ_DR7 | GhcbExit.WRITE_DR7:
@@ -77,17 +80,25 @@ def svm_invoke_exit_handler(vcpu: "KvmVcpu", code: GhcbExit) -> Steps[int]:
 
 def _vmmcall_interception(vcpu: "KvmVcpu") -> int:
     """kvm_emulate_hypercall(); a guest whose state is protected counts as being in 64-bit mode."""
-    regs = vcpu.arch.regs
+    arch = vcpu.arch
+    regs, protected = arch.regs, arch.guest_state_protected
     ret = kvm_emulate_hypercall(
         vcpu,
         regs.rax,
         (regs.rbx, regs.rcx, regs.rdx, regs.rsi),
-        long_mode=True,
-        cpl=vcpu.arch.svm.cpl,
+        long_mode=protected or is_64_bit_mode(vcpu),
+        cpl=arch.svm.cpl if sev_es_guest(vcpu.kvm) else arch.sregs.segment("ss").dpl,
     )
     if ret is None:
         return 0
     regs.rax = ret
+    return svm_skip_emulated_instruction(vcpu)
+
+
+def svm_skip_emulated_instruction(vcpu: "KvmVcpu") -> int:
+    """RIP goes behind the instruction that was intercepted; an SEV-ES guest moves its own.  Returns 1."""
+    if not sev_es_guest(vcpu.kvm):
+        vcpu.arch.regs.rip = vcpu.arch.svm.vmcb.next_rip
     return 1
 
 
@@ -124,6 +135,7 @@ def _find(vcpu: "KvmVcpu", function: int, index: int) -> KvmCpuidEntry2 | None:
 
 
 def kvm_emulate_halt(vcpu: "KvmVcpu") -> int:
+    svm_skip_emulated_instruction(vcpu)
     return _halt(vcpu, MpState.HALTED, KvmExit.HLT)
 
 
@@ -146,11 +158,13 @@ def _halt(vcpu: "KvmVcpu", state: MpState, reason: KvmExit) -> int:
 
 def _io_interception(vcpu: "KvmVcpu") -> Steps[int]:
     """IN and OUT of 1, 2 or 4 bytes: KVM_EXIT_IO; a request without a size is nothing to do."""
-    info = vcpu.arch.svm.sev_es.info_1 & 0xFFFF_FFFF
+    info = vcpu.arch.svm.vmcb.exit_info_1 & 0xFFFF_FFFF
     size = (info & IoioInfo.SIZE_MASK) >> IoioInfo.SIZE_SHIFT
     if not size:
         return 1
     if info & IoioInfo.STRING:
+        if not sev_es_guest(vcpu.kvm):
+            raise Unmodelled("INS or OUTS of a guest without SEV-ES")
         incoming = bool(info & IoioInfo.IN)
         return (
             yield from _string_io(vcpu, info >> IoioInfo.PORT_SHIFT, size, incoming=incoming)
@@ -165,22 +179,41 @@ def _io_interception(vcpu: "KvmVcpu") -> Steps[int]:
     run.io_port = info >> IoioInfo.PORT_SHIFT
     run.io_count = 1
     run.io_data_offset = PAGE_SIZE  # KVM_PIO_PAGE_OFFSET
-    vcpu.arch.complete_userspace_io = _complete_pio_in if incoming else _complete_pio_out
+    vcpu.arch.pio_linear_rip = kvm_get_linear_rip(vcpu)
+    quirk = not vcpu.kvm.arch.disabled_quirks & _QUIRK_OUT_7E_INC_RIP
+    if incoming:
+        vcpu.arch.complete_userspace_io = _complete_pio_in
+    elif run.io_port == 0x7E and quirk:
+        svm_skip_emulated_instruction(vcpu)
+        vcpu.arch.complete_userspace_io = _complete_pio_out_7e
+    else:
+        vcpu.arch.complete_userspace_io = _complete_pio_out
     return 0
 
 
-def _complete_pio_out(vcpu: "KvmVcpu") -> Steps[int]:
+def _complete_pio_out_7e(vcpu: "KvmVcpu") -> Steps[int]:
+    """complete_fast_pio_out_port_0x7e(): RIP has been moved before user space saw the exit."""
     yield from ()
     return 1
+
+
+def _complete_pio_out(vcpu: "KvmVcpu") -> Steps[int]:
+    """complete_fast_pio_out(): where user space moved RIP, there is nothing to skip."""
+    yield from ()
+    if vcpu.arch.pio_linear_rip != kvm_get_linear_rip(vcpu):
+        return 1
+    return svm_skip_emulated_instruction(vcpu)
 
 
 def _complete_pio_in(vcpu: "KvmVcpu") -> Steps[int]:
     """complete_fast_pio_in(): up to two bytes are merged into RAX, four replace it."""
     yield from ()
+    if vcpu.arch.pio_linear_rip != kvm_get_linear_rip(vcpu):
+        return 1
     regs, size = vcpu.arch.regs, vcpu.run.io_size
     kept = regs.rax.to_bytes(8, "little")[size:] if size < 4 else bytes(8 - size)
     regs.rax = int.from_bytes(bytes(vcpu.pio_data[:size]) + kept, "little")
-    return 1
+    return svm_skip_emulated_instruction(vcpu)
 
 
 def _string_io(vcpu: "KvmVcpu", port: int, size: int, *, incoming: bool) -> Steps[int]:
@@ -191,7 +224,7 @@ def _string_io(vcpu: "KvmVcpu", port: int, size: int, *, incoming: bool) -> Step
     from softcvm.kernel.arch.x86.kvm.svm.ghcb import setup_vmgexit_scratch
 
     sev_es = vcpu.arch.svm.sev_es
-    count = sev_es.info_2
+    count = vcpu.arch.svm.vmcb.exit_info_2
     if count > _INT_MAX or count * size > _INT_MAX:
         raise KernelError(EINVAL, f"string I/O of {count} items")
     if not (yield from setup_vmgexit_scratch(vcpu, count * size, sync=incoming)):
@@ -203,7 +236,7 @@ def _string_io(vcpu: "KvmVcpu", port: int, size: int, *, incoming: bool) -> Step
 def _next_piece(vcpu: "KvmVcpu", io: StringIo) -> int:
     """kvm_sev_es_outs(), kvm_sev_es_ins(): as many items as the I/O page holds; 1 when none is left."""
     sev_es, run = vcpu.arch.svm.sev_es, vcpu.run
-    count = min(sev_es.info_2 - io.done, PAGE_SIZE // io.size)
+    count = min(vcpu.arch.svm.vmcb.exit_info_2 - io.done, PAGE_SIZE // io.size)
     if not count:
         sev_es.string_io = None
         return 1
@@ -243,7 +276,7 @@ def sev_es_mmio(vcpu: "KvmVcpu", *, write: bool) -> Steps[int]:
     from softcvm.kernel.arch.x86.kvm.svm.ghcb import ghcb_reply_error, setup_vmgexit_scratch
 
     sev_es = vcpu.arch.svm.sev_es
-    length = sev_es.info_2
+    length = vcpu.arch.svm.vmcb.exit_info_2
     if not length:
         return 1
     if sev_info(vcpu.kvm).ghcb_version >= 2 and length > _KVM_MMIO_SIZE:
@@ -254,7 +287,7 @@ def sev_es_mmio(vcpu: "KvmVcpu", *, write: bool) -> Steps[int]:
         raise Unmodelled(f"VMGEXIT MMIO of {length} bytes (GHCB version 1)")
     run = vcpu.run
     run.exit_reason = KvmExit.MMIO
-    run.mmio_phys_addr = sev_es.info_1
+    run.mmio_phys_addr = vcpu.arch.svm.vmcb.exit_info_1
     run.mmio_len = length
     run.mmio_is_write = int(write)
     if write:
@@ -270,5 +303,5 @@ def _complete_mmio_write(vcpu: "KvmVcpu") -> Steps[int]:
 
 def _complete_mmio_read(vcpu: "KvmVcpu") -> Steps[int]:
     yield from ()
-    vcpu.arch.svm.sev_es.write_scratch(0, vcpu.run.mmio_data[: vcpu.arch.svm.sev_es.info_2])
+    vcpu.arch.svm.sev_es.write_scratch(0, vcpu.run.mmio_data[: vcpu.arch.svm.vmcb.exit_info_2])
     return 1

@@ -65,17 +65,14 @@ _SCRATCH_LIMIT = 16 * 4096
 class VcpuSevEs(State):
     """struct vcpu_sev_es_state: the exit under way.
 
-    ghcb: mapped from the exit until the vCPU is entered again.  code, info_1, info_2, sw_scratch,
-    valid_bitmap: the copies of the page's fields.
+    ghcb: mapped from the exit until the vCPU is entered again.  sw_scratch, valid_bitmap: copies
+    of the page's fields; those of exit code and infos are in the VMCB, where an exit of any guest has them.
     """
 
     saved = (
         "ghcb",
         "ghcb_registered_gpa",
         "valid_bitmap",
-        "code",
-        "info_1",
-        "info_2",
         "sw_scratch",
         "scratch",
         "psc",
@@ -93,9 +90,6 @@ class VcpuSevEs(State):
         self.ghcb: GhcbPage | None = None
         self.ghcb_registered_gpa: Gpa | None = None
         self.valid_bitmap = bytes(16)
-        self.code = 0
-        self.info_1 = 0
-        self.info_2 = 0
         self.sw_scratch = 0
         self.scratch: Scratch | None = None
         self.psc: psc.Psc | None = None
@@ -167,9 +161,10 @@ def _sync_from_ghcb(vcpu: "KvmVcpu", ghcb: Ghcb) -> None:
             setattr(regs, name, getattr(ghcb, name))
     if sev_es.is_valid("xcr0"):
         vcpu.arch.xcr0 = ghcb.xcr0
-    sev_es.code = ghcb.sw_exit_code
-    sev_es.info_1 = ghcb.sw_exit_info_1
-    sev_es.info_2 = ghcb.sw_exit_info_2
+    vmcb = vcpu.arch.svm.vmcb
+    vmcb.exit_code = ghcb.sw_exit_code
+    vmcb.exit_info_1 = ghcb.sw_exit_info_1
+    vmcb.exit_info_2 = ghcb.sw_exit_info_2
     sev_es.sw_scratch = ghcb.sw_scratch if sev_es.is_valid("sw_scratch") else 0
     vcpu.arch.svm.cpl = ghcb.cpl if sev_es.is_valid("cpl") else 0
     assert sev_es.ghcb is not None
@@ -220,23 +215,25 @@ def _validate(vcpu: "KvmVcpu", usage: int) -> GhcbError | None:
         return GhcbError.INVALID_USAGE
     if not sev_es.is_valid("sw_exit_code", "sw_exit_info_1", "sw_exit_info_2"):
         return GhcbError.MISSING_INPUT
-    if sev_es.code not in _NEEDS:
+    if vcpu.arch.svm.vmcb.exit_code not in _NEEDS:
         return GhcbError.INVALID_EVENT
-    code = GhcbExit(sev_es.code)
+    code = GhcbExit(vcpu.arch.svm.vmcb.exit_code)
     if code in _SNP_ONLY and not sev_snp_guest(vcpu.kvm):
         return GhcbError.MISSING_INPUT
     if not sev_es.is_valid(*_NEEDS[code], *_needs_more(vcpu, code)):
         return GhcbError.MISSING_INPUT
     if code in (GhcbExit.GUEST_REQUEST, GhcbExit.EXT_GUEST_REQUEST):
-        aligned = not (sev_es.info_1 | sev_es.info_2) & PAGE_MASK
-        if not aligned or sev_es.info_1 == sev_es.info_2:
+        aligned = (
+            not (vcpu.arch.svm.vmcb.exit_info_1 | vcpu.arch.svm.vmcb.exit_info_2) & PAGE_MASK
+        )
+        if not aligned or vcpu.arch.svm.vmcb.exit_info_1 == vcpu.arch.svm.vmcb.exit_info_2:
             return GhcbError.MISSING_INPUT
     return None
 
 
 def _needs_more(vcpu: "KvmVcpu", code: GhcbExit) -> tuple[str, ...]:
     """Fields that an event needs depending on what it says."""
-    info_1 = vcpu.arch.svm.sev_es.info_1
+    info_1 = vcpu.arch.svm.vmcb.exit_info_1
     if code is GhcbExit.CPUID and vcpu.arch.regs.rax == 0xD:
         return ("xcr0",)
     if code is GhcbExit.MSR and info_1:
@@ -254,7 +251,7 @@ def _dispatch(vcpu: "KvmVcpu") -> Steps[int]:
     sev_es = vcpu.arch.svm.sev_es
     ghcb = sev_es.ghcb
     assert ghcb is not None
-    code = GhcbExit(sev_es.code)
+    code = GhcbExit(vcpu.arch.svm.vmcb.exit_code)
     match code:
         case GhcbExit.MMIO_READ | GhcbExit.MMIO_WRITE:
             return (yield from emulate.sev_es_mmio(vcpu, write=code is GhcbExit.MMIO_WRITE))
@@ -283,7 +280,7 @@ def _dispatch(vcpu: "KvmVcpu") -> Steps[int]:
         case GhcbExit.UNSUPPORTED_EVENT:
             raise KernelError(
                 EINVAL,
-                f"the guest met an event it cannot handle: {sev_es.info_1:#x} {sev_es.info_2:#x}",
+                f"the guest met an event it cannot handle: {vcpu.arch.svm.vmcb.exit_info_1:#x} {vcpu.arch.svm.vmcb.exit_info_2:#x}",
             )
         case _:
             return (yield from emulate.svm_invoke_exit_handler(vcpu, code))
@@ -300,9 +297,9 @@ def ghcb_reply_error(vcpu: "KvmVcpu", reason: GhcbError) -> int:
 def _ap_jump_table(vcpu: "KvmVcpu") -> int:
     sev_es, sev = vcpu.arch.svm.sev_es, sev_info(vcpu.kvm)
     assert sev_es.ghcb is not None
-    if sev_es.info_1 == 0:
-        sev.ap_jump_table = sev_es.info_2
-    elif sev_es.info_1 == 1:
+    if vcpu.arch.svm.vmcb.exit_info_1 == 0:
+        sev.ap_jump_table = vcpu.arch.svm.vmcb.exit_info_2
+    elif vcpu.arch.svm.vmcb.exit_info_1 == 1:
         sev_es.ghcb.set(sw_exit_info_2=sev.ap_jump_table)
     else:
         return ghcb_reply_error(vcpu, GhcbError.INVALID_INPUT)

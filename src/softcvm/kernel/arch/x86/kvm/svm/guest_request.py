@@ -42,7 +42,7 @@ def snp_handle_guest_req(vcpu: "KvmVcpu") -> Steps[int]:
     fw_err = 0
     yield from sev.guest_req_mutex.acquire()
     try:
-        request = yield from _read(vcpu, sev_es.info_1, PAGE_SIZE)
+        request = yield from _read(vcpu, vcpu.arch.svm.vmcb.exit_info_1, PAGE_SIZE)
         linux.soc.host_write(
             pfn_to_spa(sev.guest_req_buf),
             request,
@@ -59,7 +59,7 @@ def snp_handle_guest_req(vcpu: "KvmVcpu") -> Steps[int]:
             fw_err = int(error.fw_error)
         response = linux.soc.host_read(pfn_to_spa(sev.guest_resp_buf), PAGE_SIZE)
         try:
-            yield from kvm_vcpu_write_guest(vcpu, Gpa(sev_es.info_2), response)
+            yield from kvm_vcpu_write_guest(vcpu, Gpa(vcpu.arch.svm.vmcb.exit_info_2), response)
         except KernelError as error:
             raise KernelError(EIO, error.why) from error
     finally:
@@ -77,7 +77,7 @@ def snp_handle_ext_guest_req(vcpu: "KvmVcpu") -> Steps[int]:
     from softcvm.kernel.arch.x86.kvm.svm.ghcb import ghcb_reply_error
 
     sev_es, regs = vcpu.arch.svm.sev_es, vcpu.arch.regs
-    [msg_type] = yield from _read(vcpu, sev_es.info_1 + _MSG_TYPE_OFFSET, 1)
+    [msg_type] = yield from _read(vcpu, vcpu.arch.svm.vmcb.exit_info_1 + _MSG_TYPE_OFFSET, 1)
     if msg_type == _MSG_REPORT_REQ:
         if not sev_es.is_valid("rax", "rbx") or regs.rax & PAGE_MASK:
             return ghcb_reply_error(vcpu, GhcbError.INVALID_INPUT)

@@ -1,12 +1,12 @@
-"""RDMSR and WRMSR that a guest asks for by VMGEXIT (arch/x86/kvm/x86.c, lapic.c, svm/svm.c, v7.2).
+"""RDMSR and WRMSR that leave a guest, by themselves or by VMGEXIT (arch/x86/kvm/x86.c, lapic.c, svm/svm.c, v7.2).
 
 Owns the MSRs of the local APIC, by which a guest starts its other processors, and the refusal of those that
-an SEV-ES guest accesses without KVM.  Every other MSR is Unmodelled, by number.
+an SEV-ES guest accesses without KVM.  Every other MSR is that of the ioctls (regs.py), or Unmodelled.
 """
 
 from typing import TYPE_CHECKING
 
-from softcvm.abi.svm import Vector
+from softcvm.abi.svm import EventInj, Vector
 from softcvm.kernel.arch.x86.kvm.cpuid import cpuid_maxphyaddr
 from softcvm.kernel.arch.x86.kvm.lapic import (
     APIC_BASE_ENABLE,
@@ -16,6 +16,8 @@ from softcvm.kernel.arch.x86.kvm.lapic import (
     kvm_x2apic_icr_write,
     x2apic_mode,
 )
+from softcvm.kernel.arch.x86.kvm.regs import get_msr, set_msr
+from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_es_guest
 from softcvm.kernel.errors import Unmodelled
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ _APIC_BASE = 0x1B
 _APIC_BASE_RESERVED = 0x2FF
 _X2APIC_MSRS = range(0x800, 0x900)
 _CPUID_X2APIC = 1 << 21
-_EVTINJ_GP = Vector.GP | 3 << 8 | 1 << 31
+_EVTINJ_GP = int(Vector.GP | EventInj.TYPE_EXCEPTION | EventInj.VALID)
 _PASSED_THROUGH = frozenset(
     {
         *(0x174, 0x175, 0x176),  # SYSENTER_CS, ESP, EIP
@@ -40,24 +42,29 @@ _PASSED_THROUGH = frozenset(
 """MSRs in the VMSA that KVM does not intercept: it cannot serve them (sev_es_prevent_msr_access())."""
 
 
-def msr_interception(vcpu: "KvmVcpu") -> int:
-    """One access; a refusal is #GP, which the guest raises itself when it finds it in the GHCB."""
-    regs, sev_es = vcpu.arch.regs, vcpu.arch.svm.sev_es
+def msr_interception(vcpu: "KvmVcpu") -> bool:
+    """One access; a refusal is #GP, which an SEV-ES guest raises itself when it finds it in the GHCB."""
+    regs, svm = vcpu.arch.regs, vcpu.arch.svm
     index = regs.rcx & _U32
-    if sev_es.info_1:
+    if vcpu.arch.svm.vmcb.exit_info_1:
         done = _set(vcpu, index, (regs.rdx & _U32) << 32 | regs.rax & _U32)
     else:
         value = _get(vcpu, index)
         done = value is not None
         if value is not None:
             regs.rax, regs.rdx = value & _U32, value >> 32
-    if not done:
-        assert sev_es.ghcb is not None
-        sev_es.ghcb.set(sw_exit_info_1=1, sw_exit_info_2=_EVTINJ_GP)
-    return 1
+    if done:
+        return True
+    if svm.sev_es.ghcb is not None:
+        svm.sev_es.ghcb.set(sw_exit_info_1=1, sw_exit_info_2=_EVTINJ_GP)
+    else:
+        svm.vmcb.event_inj = _EVTINJ_GP | EventInj.ERROR_CODE_VALID  # kvm_inject_gp(vcpu, 0)
+    return False
 
 
 def _get(vcpu: "KvmVcpu", index: int) -> int | None:
+    if not sev_es_guest(vcpu.kvm) and index != _APIC_BASE and index not in _X2APIC_MSRS:
+        return get_msr(vcpu, index)
     if index in _PASSED_THROUGH or (index in _X2APIC_MSRS and not x2apic_mode(vcpu)):
         return None
     match index:
@@ -70,6 +77,8 @@ def _get(vcpu: "KvmVcpu", index: int) -> int | None:
 
 
 def _set(vcpu: "KvmVcpu", index: int, value: int) -> bool:
+    if not sev_es_guest(vcpu.kvm) and index != _APIC_BASE and index not in _X2APIC_MSRS:
+        return set_msr(vcpu, index, value)
     if index in _PASSED_THROUGH or (index in _X2APIC_MSRS and not x2apic_mode(vcpu)):
         return False
     match index:

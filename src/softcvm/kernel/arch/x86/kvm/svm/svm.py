@@ -1,19 +1,19 @@
 """kvm_amd: the vCPU on AMD, its run loop, and kvm_x86_ops (arch/x86/kvm/svm/svm.c, v7.2).
 
 Owns VcpuSvm, one entry into the guest with the dispatch of its exit, and SvmOps, through which generic KVM
-reaches everything in this folder.  Only SNP guests can be run: the code of the other kinds would need an
-instruction emulator.
+reaches everything in this folder.
 """
 
 from collections.abc import Callable
 from errno import EINVAL, ENXIO
 from typing import TYPE_CHECKING
 
+from softcvm.abi.ghcb import GhcbExit
 from softcvm.abi.insn import Hlt, Program
 from softcvm.abi.kvm.memory import VmType
 from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.sev import KVM_X86_GRP_SEV, KVM_X86_SEV_VMSA_FEATURES
-from softcvm.abi.svm import ExitCode, PfErr
+from softcvm.abi.svm import ExitCode, NestedCtl, PfErr
 from softcvm.hw.cpu.core import Core
 from softcvm.hw.cpu.scripted import ScriptedCore
 from softcvm.hw.cpu.vmcb import Vmcb
@@ -25,13 +25,18 @@ from softcvm.kernel.arch.x86.kvm.svm.ap import (
     sev_vcpu_deliver_sipi_vector,
 )
 from softcvm.kernel.arch.x86.kvm.svm.asid import SevAsids
-from softcvm.kernel.arch.x86.kvm.svm.emulate import kvm_emulate_halt
+from softcvm.kernel.arch.x86.kvm.svm.emulate import (
+    kvm_emulate_halt,
+    svm_invoke_exit_handler,
+    svm_skip_emulated_instruction,
+)
 from softcvm.kernel.arch.x86.kvm.svm.ghcb import (
     VcpuSevEs,
     sev_es_unmap_ghcb,
     sev_es_vcpu_reset,
     sev_handle_vmgexit,
 )
+from softcvm.kernel.arch.x86.kvm.svm.save_area import load_save_area, save_area, sync_fpu
 from softcvm.kernel.arch.x86.kvm.svm.sev import (
     sev_mem_enc_ioctl,
     sev_vm_destroy,
@@ -88,7 +93,7 @@ class VcpuSvm(State):
     cpl: of the exit under way, as the guest gave it in the GHCB.
     """
 
-    saved = ("vmcb", "vmsa", "sev_es", "cpl", "ran", "core")
+    saved = ("vmcb", "vmsa", "sev_es", "cpl", "ran", "asid_generation", "core")
 
     def __init__(self, npt: "Npt", core: Core, lockdep: Lockdep) -> None:
         self.vmcb = Vmcb(0, npt)
@@ -97,6 +102,7 @@ class VcpuSvm(State):
         self.cpl = 0
         self.ran = False
         """Entered at least once: its translations were flushed then (pre_sev_run())."""
+        self.asid_generation = 0
         self.core = core
 
 
@@ -166,7 +172,7 @@ class SvmOps(State):
             sev_es.ghcb = None
 
     def vcpu_run(self, vcpu: "KvmVcpu") -> Steps[int]:
-        return (yield from svm_vcpu_run(vcpu))
+        return (yield from svm_vcpu_run(self.asids, vcpu))
 
     def vcpu_pre_run(self, vcpu: "KvmVcpu") -> None:
         """svm_vcpu_pre_run().  EINVAL: a VM of an SEV type that had no KVM_SEV_INIT2."""
@@ -189,8 +195,9 @@ class SvmOps(State):
             vcpu.arch.svm.vmcb.intr = True
 
     def complete_hypercall(self, vcpu: "KvmVcpu", ret: int) -> None:
-        """RAX reaches the guest through the GHCB; RIP is the guest's own to move."""
+        """RAX reaches an SEV-ES guest through the GHCB."""
         vcpu.arch.regs.rax = ret & (1 << 64) - 1
+        svm_skip_emulated_instruction(vcpu)
 
     # guest_memfd
 
@@ -258,25 +265,24 @@ class SvmOps(State):
 # The run loop's body
 
 
-def svm_vcpu_run(vcpu: "KvmVcpu") -> Steps[int]:
+def svm_vcpu_run(asids: SevAsids, vcpu: "KvmVcpu") -> Steps[int]:
     """Enter the guest once and deal with its exit.
 
     1: enter again.  0: user space must act.  KernelError: KVM_RUN fails with it.
     """
     svm, kvm = vcpu.arch.svm, vcpu.kvm
-    if not sev_snp_guest(kvm):
-        raise Unmodelled(f"running a {kvm.arch.vm_type.name} vCPU")
     yield from sev_es_unmap_ghcb(vcpu)
     vcpu.arch.in_guest = True
     try:
         if _exit_request(vcpu):
             return 1
-        if svm.vmcb.vmsa_pa is None and kvm.linux.profile.refuse_vmrun_without_vmsa:
+        refuses = kvm.linux.profile.refuse_vmrun_without_vmsa
+        if refuses and sev_es_guest(kvm) and svm.vmcb.vmsa_pa is None:
             return _fail_entry(vcpu)
-        _pre_sev_run(vcpu)
+        _pre_svm_run(asids, vcpu)
         # Interrupts are off: a kick from here on is delivered when the guest runs.
         yield from preempt("VMRUN")
-        yield from svm.core.vmrun(svm.vmcb)
+        yield from _enter_exit(vcpu)
     finally:
         vcpu.arch.in_guest = False
         svm.vmcb.intr = False
@@ -295,8 +301,25 @@ def svm_vcpu_run(vcpu: "KvmVcpu") -> Steps[int]:
         case ExitCode.SHUTDOWN:
             vcpu.run.exit_reason = KvmExit.SHUTDOWN
             return 0
+        case _ if code in GhcbExit._value2member_map_:
+            return (yield from svm_invoke_exit_handler(vcpu, GhcbExit(code)))
         case _:
-            raise Unmodelled(f"#VMEXIT {code:#x} of an SNP guest")
+            raise Unmodelled(f"#VMEXIT {code:#x}")
+
+
+def _enter_exit(vcpu: "KvmVcpu") -> Steps[None]:
+    """svm_vcpu_enter_exit(): the registers of a guest without SEV-ES go into the guest, and come back."""
+    svm = vcpu.arch.svm
+    if sev_es_guest(vcpu.kvm):
+        yield from svm.core.vmrun(svm.vmcb)
+        return
+    svm.vmcb.save = save = save_area(vcpu)
+    sync_fpu(save, vcpu.arch.fpu)
+    try:
+        yield from svm.core.vmrun(svm.vmcb)
+        load_save_area(vcpu, save)
+    finally:
+        svm.vmcb.save = None
 
 
 def _exit_request(vcpu: "KvmVcpu") -> bool:
@@ -306,13 +329,25 @@ def _exit_request(vcpu: "KvmVcpu") -> bool:
     )
 
 
-def _pre_sev_run(vcpu: "KvmVcpu") -> None:
-    """The VM's ASID, and a flush of its translations when another VMCB may have used it here."""
-    svm = vcpu.arch.svm
-    svm.vmcb.asid = sev_info(vcpu.kvm).asid
+def _pre_svm_run(asids: SevAsids, vcpu: "KvmVcpu") -> None:
+    """pre_svm_run(), pre_sev_run(): the ASID and what the guest has of SEV.
+
+    A VM with SEV has one ASID, whose translations are flushed when another VMCB may have used it here; any
+    other vCPU takes one of its own, behind those for SEV.
+    """
+    svm, kvm, vmcb = vcpu.arch.svm, vcpu.kvm, vcpu.arch.svm.vmcb
+    vmcb.nested_ctl = NestedCtl.NP_ENABLE
+    if sev_guest(kvm):
+        vmcb.nested_ctl |= NestedCtl.SEV_ENABLE
+        vmcb.asid = sev_info(kvm).asid
+    elif svm.asid_generation != asids.asid_generation:
+        vmcb.asid = asids.new_plain()
+        svm.asid_generation = asids.asid_generation
+    if sev_es_guest(kvm):
+        vmcb.nested_ctl |= NestedCtl.SEV_ES_ENABLE
     if not svm.ran:
         svm.ran = True
-        vcpu.kvm.linux.soc.flush_tlb(svm.vmcb.asid)
+        kvm.linux.soc.flush_tlb(vmcb.asid)
 
 
 def _fail_entry(vcpu: "KvmVcpu") -> int:
@@ -329,7 +364,7 @@ def _npf_interception(vcpu: "KvmVcpu") -> Steps[int]:
 
     svm = vcpu.arch.svm
     gpa, error_code = Gpa(svm.vmcb.exit_info_2), svm.vmcb.exit_info_1
-    if error_code & _GUEST_ENC:
+    if sev_snp_guest(vcpu.kvm) and error_code & _GUEST_ENC:
         error_code |= _PRIVATE_ACCESS
     result = yield from kvm_mmu_page_fault(vcpu, gpa, error_code)
     if result is RetPf.EMULATE:

@@ -1,18 +1,17 @@
 """VMSA pages: where a vCPU's registers are, and what they are at launch (arch/x86/kvm/svm/sev.c, v7.2).
 
 Owns the page that KVM allocates for each vCPU of an SEV-ES or SNP guest, its release, and the image that
-LAUNCH_UPDATE measures.  The image is what svm.c would have put into the VMCB's save area: user space's
-registers with KVM's own adjustments.
+LAUNCH_UPDATE measures: the save area that any vCPU is entered with (save_area.py), and what
+sev_es_sync_vmsa() adds to it.
 """
 
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
-from softcvm.abi.kvm.vcpu import KvmDtable, KvmSegment
-from softcvm.abi.vmsa import Segment, Vmsa
+from softcvm.abi.vmsa import Vmsa
+from softcvm.kernel.arch.x86.kvm.svm.save_area import save_area, sync_fpu
 from softcvm.kernel.arch.x86.kvm.svm.sev import kvm_rmp_make_shared
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_es_guest, sev_info, sev_snp_guest
-from softcvm.kernel.arch.x86.kvm.vcpu import MSR_IA32_CR_PAT
 from softcvm.kernel.errors import KernelError
 from softcvm.sim.addr import PTRS_PER_PMD, Pfn, PgLevel
 
@@ -22,28 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ("sev_es_sync_vmsa", "sev_free_vcpu", "sev_vcpu_create", "snp_safe_alloc_page")
 
-_EFER_SVME = 1 << 12
-_CR0_NW_CD = 3 << 29
-_CR4_MCE = 1 << 6
 _DR7_FIXED_1 = 0x400
-_QUIRK_CD_NW_CLEARED = 1 << 1
-_MSR_IA32_DEBUGCTL = 0x1D9
-_SAVED_MSRS = (
-    ("sysenter_cs", 0x174),
-    ("sysenter_esp", 0x175),
-    ("sysenter_eip", 0x176),
-    ("star", 0xC000_0081),
-    ("lstar", 0xC000_0082),
-    ("cstar", 0xC000_0083),
-    ("sfmask", 0xC000_0084),
-    ("kernel_gs_base", 0xC000_0102),
-    ("g_pat", MSR_IA32_CR_PAT),
-    ("dbgctl", _MSR_IA32_DEBUGCTL),
-)
-_GPRS = (
-    *("rax", "rbx", "rcx", "rdx", "rsp", "rbp", "rsi", "rdi", "rip", "rflags"),
-    *(f"r{n}" for n in range(8, 16)),
-)
 
 
 def snp_safe_alloc_page(linux: "Linux") -> Pfn:
@@ -109,71 +87,13 @@ def sev_es_sync_vmsa(vcpu: "KvmVcpu") -> None:
 
 
 def vmsa_image(vcpu: "KvmVcpu") -> Vmsa:
-    """The save area as svm.c keeps it, then the fields that sev_es_sync_vmsa() adds."""
-    arch, kvm = vcpu.arch, vcpu.kvm
-    sregs = arch.sregs
-    save = Vmsa()
-    for name in ("es", "cs", "ss", "ds", "fs", "gs", "tr"):
-        setattr(save, name, _segment(sregs.segment(name)))
-    save.ldtr = _segment(sregs.segment("ldt"))
-    save.gdtr = _table(sregs.table("gdt"))
-    save.idtr = _table(sregs.table("idt"))
-    save.cpl = sregs.segment("ss").dpl & 3
-    # svm_set_efer(), svm_set_cr0(), svm_set_cr4(): SVME always, caching never off, MCE as the host has it.
-    save.efer = sregs.efer | _EFER_SVME
-    save.cr0 = sregs.cr0
-    if not kvm.arch.disabled_quirks & _QUIRK_CD_NW_CLEARED:
-        save.cr0 &= ~_CR0_NW_CD
-    save.cr3 = sregs.cr3
-    save.cr4 = sregs.cr4 | _CR4_MCE
-    save.dr7 = arch.debugregs.dr7
-    save.dr6 = arch.debugregs.dr6
-    for name, index in _SAVED_MSRS:
-        setattr(save, name, arch.msrs.get(index, 0))
-    for name in _GPRS:
-        setattr(save, name, getattr(arch.regs, name))
-    save.xcr0 = arch.xcr0
-    save.xss = arch.msrs.get(0xDA0, 0)
-    save.sev_features = sev_info(kvm).vmsa_features
-    _sync_fpu(save, vcpu)
-    return save
+    """The save area with the fields that only a VMSA has.
 
-
-def _sync_fpu(save: Vmsa, vcpu: "KvmVcpu") -> None:
-    """FXSAVE state; VMs from KVM_SEV_ES_INIT go without, so that old measurements stay as they were.
-
-    The x87 registers are laid out as 8 x 8 bytes, then 8 x 2.
+    VMs from KVM_SEV_ES_INIT go without FPU state, so that old measurements stay as they were.
     """
-    fpu = vcpu.arch.fpu
-    if not vcpu.kvm.arch.vm_type:
-        return
-    save.x87_dp = fpu.last_dp
-    save.mxcsr = fpu.mxcsr
-    save.x87_ftw = fpu.ftwx
-    save.x87_fsw = fpu.fsw
-    save.x87_fcw = fpu.fcw
-    save.x87_fop = fpu.last_opcode
-    save.x87_rip = fpu.last_ip
-    registers = [fpu.fpr[at : at + 16] for at in range(0, 128, 16)]
-    save.fpreg_x87 = b"".join(r[:8] for r in registers) + b"".join(r[8:10] for r in registers)
-    save.fpreg_xmm = fpu.xmm
-
-
-def _segment(var: KvmSegment) -> bytes:
-    """svm_set_segment(): attributes packed as the VMCB has them."""
-    present = var.present & 1 and not var.unusable
-    attrib = (
-        var.type & 0xF
-        | (var.s & 1) << 4
-        | (var.dpl & 3) << 5
-        | int(bool(present)) << 7
-        | (var.avl & 1) << 8
-        | (var.l & 1) << 9
-        | (var.db & 1) << 10
-        | (var.g & 1) << 11
-    )
-    return bytes(Segment(selector=var.selector, attrib=attrib, limit=var.limit, base=var.base))
-
-
-def _table(var: KvmDtable) -> bytes:
-    return bytes(Segment(limit=var.limit, base=var.base))
+    kvm = vcpu.kvm
+    save = save_area(vcpu)
+    save.sev_features = sev_info(kvm).vmsa_features
+    if kvm.arch.vm_type:
+        sync_fpu(save, vcpu.arch.fpu)
+    return save

@@ -1,0 +1,100 @@
+"""Instructions that leave the guest, or that a guest with SEV-ES sees as #VC.  [APM2-24593 §15.9, §15.35.4]
+
+Owns which MSRs the processor serves itself, what an exit says about the instruction, and what the guest
+finds when it is entered again.  Intercepted are those that KVM intercepts in every guest: CPUID, port I/O,
+MSRs that the VMSA does not hold, VMMCALL, HLT.
+"""
+
+from typing import Any
+
+from softcvm.abi.ghcb import IoioInfo
+from softcvm.abi.insn import Cpuid, GuestOp, Hlt, In, Out, Rdmsr, Vmgexit, Vmmcall, Wrmsr
+from softcvm.abi.svm import EventInj, ExitCode, GuestException, Msr, Vector
+from softcvm.hw.cpu.core import GuestCpu
+from softcvm.hw.cpu.vmcb import Vmcb
+from softcvm.hw.cpu.vmrun import VmExitRaised
+
+__all__ = ("intercepted", "outcome")
+
+_U32 = (1 << 32) - 1
+
+
+def intercepted(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp) -> Any:
+    """Execute one of these instructions: its result, or VmExitRaised, or GuestException."""
+    if vmcb.save is not None:
+        vmcb.next_rip = vmcb.save.rip  # a script has no addresses
+    match op:
+        case Rdmsr(msr) if msr == Msr.SEV_STATUS:
+            return cpu.sev_status
+        case Rdmsr(msr) if msr == Msr.SEV_ES_GHCB and cpu.sev_es:
+            return vmcb.ghcb_gpa
+        case Wrmsr(msr, value) if msr == Msr.SEV_ES_GHCB and cpu.sev_es:
+            vmcb.ghcb_gpa = value
+            return None
+        case Vmgexit() if cpu.sev_es:
+            raise VmExitRaised(ExitCode.VMGEXIT)
+        case Hlt():
+            raise VmExitRaised(ExitCode.HLT)
+        case _:
+            pass
+    code, info_1, registers = _exit(op)
+    if cpu.sev_es:
+        raise GuestException(Vector.VC, code)
+    assert vmcb.save is not None
+    for name, value in registers.items():
+        setattr(vmcb.save, name, value)
+    raise VmExitRaised(code, info_1, vmcb.next_rip if code is ExitCode.IOIO else 0)
+
+
+def _exit(op: GuestOp) -> tuple[ExitCode, int, dict[str, int]]:
+    """Exit code, EXITINFO1 and the registers that the instruction reads."""
+    match op:
+        case Cpuid():
+            return ExitCode.CPUID, 0, {"rax": op.function, "rcx": op.index}
+        case Rdmsr():
+            return ExitCode.MSR, 0, {"rcx": op.msr}
+        case Wrmsr():
+            registers = {"rcx": op.msr, "rax": op.value & _U32, "rdx": op.value >> 32}
+            return ExitCode.MSR, 1, registers
+        case In():
+            return ExitCode.IOIO, _ioio(op.port, op.size) | IoioInfo.IN, {}
+        case Out():
+            return ExitCode.IOIO, _ioio(op.port, op.size), {"rax": op.value}
+        case Vmmcall():
+            return (
+                ExitCode.VMMCALL,
+                0,
+                dict(zip(("rax", "rbx", "rcx", "rdx", "rsi"), (op.nr, *op.args), strict=True)),
+            )
+        case Vmgexit():
+            return ExitCode.VMMCALL, 0, {}
+        case _:
+            raise TypeError(f"{op} does not leave the guest")
+
+
+def _ioio(port: int, size: int) -> int:
+    """EXITINFO1 of IN and OUT, with a 64-bit address size.  [APM2-24593 §15.10.2]"""
+    return port << IoioInfo.PORT_SHIFT | size << IoioInfo.SIZE_SHIFT | 1 << 9
+
+
+def outcome(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp) -> Any:
+    """What the guest gets from an instruction that left it, now that it is entered again."""
+    if vmcb.event_inj & EventInj.VALID:
+        event, vmcb.event_inj = vmcb.event_inj, 0
+        return GuestException(Vector(event & 0xFF), event >> 32)
+    if isinstance(op, Vmgexit) and cpu.sev_es:
+        return vmcb.ghcb_gpa
+    if vmcb.save is None:
+        return None
+    state = vmcb.save
+    match op:
+        case Cpuid():
+            return tuple(value & _U32 for value in (state.rax, state.rbx, state.rcx, state.rdx))
+        case Rdmsr():
+            return (state.rdx & _U32) << 32 | state.rax & _U32
+        case In():
+            return state.rax & (1 << 8 * op.size) - 1
+        case Vmmcall() | Vmgexit():
+            return state.rax
+        case _:
+            return None
