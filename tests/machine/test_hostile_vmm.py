@@ -7,6 +7,7 @@ the host must be as it was when it booted, but for pages that were leaked and co
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from random import Random
 from typing import Any, NamedTuple
 
@@ -93,6 +94,12 @@ class Thread:
         if self.done:
             assert not self.task.held, [lock.name for lock in self.task.held]
 
+    def abandon(self, world: World) -> None:
+        """Let go of what it holds, as itself, after a failure that ends the walk."""
+        world.machine.linux.lockdep.current = self.task
+        with suppress(Exception):
+            self.steps.close()
+
     @property
     def blocked(self) -> bool:
         return self.waits_for is not None and self.waits_for.busy
@@ -101,6 +108,15 @@ class Thread:
 def drive(world: World, calls: list[Call], schedule: Callable[[int], int]) -> None:
     """Run calls to their ends; schedule(n) picks which of n threads that can go on does."""
     threads = [Thread(repr(call), call.steps(world)) for call in calls]
+    try:
+        _drive(world, threads, schedule)
+    except BaseException:
+        for thread in threads:
+            thread.abandon(world)
+        raise
+
+
+def _drive(world: World, threads: list[Thread], schedule: Callable[[int], int]) -> None:
     stalled = 0
     for _ in range(200_000):
         threads = [thread for thread in threads if not thread.done]

@@ -143,6 +143,15 @@ class Layout:
             setattr(self, name, value)
 
     @classmethod
+    def over(cls, buffer: bytearray) -> Self:
+        """A record that lies in this buffer, not in a copy of it."""
+        if len(buffer) != cls.SIZE:
+            raise ValueError(f"{cls.__name__} takes {cls.SIZE} bytes, not {len(buffer)}")
+        record = cls.__new__(cls)
+        record.data = buffer
+        return record
+
+    @classmethod
     def fields(cls) -> dict[str, "Bits | Bytes"]:
         """Field name -> its place, in the order of the table."""
         return cls._table

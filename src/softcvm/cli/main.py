@@ -37,6 +37,10 @@ COMMANDS = {
         "softcvm.cli.measure",
         "compute the launch digest of a guest, as sev-snp-measure does",
     ),
+    "exec": (
+        "softcvm.cli.exec",
+        "run an unmodified program as if this machine had SEV-SNP",
+    ),
     "trace": (
         "softcvm.cli.trace",
         "list what a recorded run did, or what happened to one page of it",

@@ -5,6 +5,7 @@ silicon.  The SEV parts are brought up by arch/x86/virt/svm and drivers/crypto/c
 sets `kvm_x86_ops`.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from softcvm.kernel.counters import KernelCounters
@@ -64,6 +65,7 @@ class Linux(State):
         "task_work": "empty at quiescent points",
         "lockdep": "no lock is held at a quiescent point",
         "gmem_inodes": "each is held by a file",
+        "mappable": "where memory comes from",
     }
 
     snp: "SnpHost"
@@ -86,6 +88,8 @@ class Linux(State):
         self.next_vm = 1
         self.next_ino = 1
         self.next_pid = 1
+        self.mappable: Callable[[int], bytearray] = bytearray
+        """Memory of so many bytes that user space may map (kvm_run)."""
 
     @property
     def leaked_pages(self) -> int:

@@ -74,6 +74,10 @@ class KernelProfile:
     # 2026, cb923ee6a80f: LAUNCH_FINISH holds every vCPU's mutex while it writes and measures
     # the VMSAs.
     sync_vmsa_locks_all_vcpus: bool
+    # 2026, 9b9f7962e3e8: the VMSA of a vCPU is synced once.  Before, LAUNCH_UPDATE_VMSA of SEV-ES could be
+    # repeated, as sev_migrate_tests of 6.12 does; repeating SNP's LAUNCH_FINISH crashed the host, so that
+    # every profile has that half of the fix.
+    encrypted_vmsa_refused: bool
     # 6.14: KVM sets hypercall.ret to 0 before it leaves for MAP_GPA_RANGE; before, user space
     # had to write it.
     hypercall_ret_cleared: bool
@@ -114,6 +118,7 @@ _OLDEST = KernelProfile(
     snp_no_intra_host_migration=True,
     sev_move_flushes_source=False,
     sync_vmsa_locks_all_vcpus=False,
+    encrypted_vmsa_refused=False,
     unregistered_ghcb_answered=False,
     hypercall_ret_cleared=False,
 )
@@ -140,6 +145,7 @@ _V6_18 = KernelProfile(
     snp_no_intra_host_migration=False,
     sev_move_flushes_source=False,
     sync_vmsa_locks_all_vcpus=False,
+    encrypted_vmsa_refused=True,
     unregistered_ghcb_answered=False,
     hypercall_ret_cleared=True,
 )
@@ -166,6 +172,7 @@ _V7_3 = KernelProfile(
     snp_no_intra_host_migration=True,
     sev_move_flushes_source=True,
     sync_vmsa_locks_all_vcpus=True,
+    encrypted_vmsa_refused=True,
     unregistered_ghcb_answered=True,
     hypercall_ret_cleared=True,
 )

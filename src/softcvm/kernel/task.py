@@ -5,6 +5,7 @@ Threads are the drivers' business (sim.steps.Task).  `signal_pending` is asked w
 kernel looks for a signal in a long call: one that was sent (send_signal()), or a choice.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,11 @@ class Process(State):
     """struct task_struct and the files and mm it points to.  One per process of the machine."""
 
     saved = ("pid", "mm", "files", "signal_after")
-    derived = {"linux": "the host, which holds this process", "rlimits": "constant"}
+    derived = {
+        "linux": "the host, which holds this process",
+        "rlimits": "constant",
+        "signalled": "signals outside the model",
+    }
 
     def __init__(self, linux: "Linux", pid: int, rlimits: Rlimits | None = None) -> None:
         self.linux = linux
@@ -43,6 +48,8 @@ class Process(State):
         self.signal_after: int | None = None
         """Looks of the kernel until a signal is there; 0: it is pending.  None: none is on its
         way."""
+        self.signalled: Callable[[], bool] | None = None
+        """Asks outside whether a signal waits for the thread that runs: of a caught program."""
 
     def exit(self) -> Steps[None]:
         """do_exit(): the address space goes first, the descriptors after it."""
@@ -59,7 +66,16 @@ class Process(State):
             if self.signal_after == 0:
                 return True
             self.signal_after -= 1
+        if self.signalled is not None and self.signalled():
+            return True
         return self.linux.choices.choose("signal_pending", 2) == 1
+
+    @property
+    def signal_on_its_way(self) -> bool:
+        """Whether a sleep will end by a signal, whenever that is looked for."""
+        return self.signal_after is not None or (
+            self.signalled is not None and self.signalled()
+        )
 
     def pages_before_signal(self, npages: int, looks: int = 1) -> int:
         """How many of npages a loop does that looks `looks` times before each, the first time just

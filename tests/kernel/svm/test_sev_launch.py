@@ -336,6 +336,14 @@ def test_launch_update_vmsa_refuses_in_order(host: Any) -> None:
     assert vm.kvm.vcpus[0].arch.guest_state_protected
 
 
+def test_in_6_12_launch_update_vmsa_can_be_repeated(boot: Any) -> None:
+    vm = SevVm(boot("6.12"), VmType.SEV_ES)
+    vm.vcpu()
+    vm.start(ES)
+    assert vm.cmd(SevCmdId.LAUNCH_UPDATE_VMSA) == 0
+    assert vm.cmd(SevCmdId.LAUNCH_UPDATE_VMSA) == 0
+
+
 @pytest.mark.parametrize(("kernel", "first_done"), [("6.12", True), ("7.3", False)])
 def test_vmsas_are_written_with_every_vcpu_locked_from_2026_on(
     boot: Any, kernel: str, first_done: bool

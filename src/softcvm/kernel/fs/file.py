@@ -25,6 +25,8 @@ class FileKind(Enum):
     VCPU = "kvm-vcpu"
     GUEST_MEMFD = "kvm-gmem"
     DEV_SEV = "sev"
+    FOREIGN = "foreign"
+    """A file that is none of the model's: a caught program's own."""
 
 
 class File(State):
@@ -114,28 +116,36 @@ class FilesStruct(State):
     """A process's file descriptors: lowest free number first, at most RLIMIT_NOFILE of them."""
 
     saved = ("fds", "close_on_exec")
-    derived = {"_first": "constant: 0, 1 and 2 are the terminal, outside the model"}
+    derived = {
+        "_first": "constant: 0, 1 and 2 are the terminal, outside the model",
+        "_next_fd": "no number below it is free",
+        "foreign": "files outside the model",
+    }
 
     def __init__(self, first: int = 3) -> None:
         self.fds: dict[int, File | None] = {}
         """None is a number handed out by get_unused_fd() whose file is not there yet."""
         self.close_on_exec: set[int] = set()
-        self._first = first
+        self._first = self._next_fd = first
+        self.foreign: Callable[[int], bool] | None = None
+        """Whether a number is open outside the model: it is not given out, and is no bad descriptor."""
 
     def get_unused_fd(self, limit: int) -> int:
         """Reserve the lowest number not in use.  EMFILE at the limit."""
-        fd = self._first
-        while fd in self.fds:
+        fd = self._next_fd
+        while fd in self.fds or (self.foreign is not None and self.foreign(fd)):
             fd += 1
         if fd >= limit:
             raise KernelError(EMFILE, f"RLIMIT_NOFILE is {limit}")
         self.fds[fd] = None
+        self._next_fd = fd + 1
         return fd
 
     def put_unused_fd(self, fd: int) -> None:
         """Give a reserved number back."""
         if self.fds.pop(fd) is not None:
             raise ValueError(f"put_unused_fd() of {fd}, which is open")
+        self._next_fd = min(self._next_fd, fd)
 
     def install(self, fd: int, file: File, *, cloexec: bool = False) -> int:
         """fd_install(): a reserved number takes over the caller's reference."""
@@ -148,9 +158,11 @@ class FilesStruct(State):
         """fdget(): the file behind a number, borrowed for the length of a system call.
         EBADF."""
         file = self.fds.get(fd)
-        if file is None:
-            raise KernelError(EBADF, f"fd {fd} is not open")
-        return file
+        if file is not None:
+            return file
+        if self.foreign is not None and self.foreign(fd):
+            return File(FileKind.FOREIGN, None)
+        raise KernelError(EBADF, f"fd {fd} is not open")
 
     def fget(self, fd: int) -> File:
         """The file behind a number with a new reference, which the caller puts.  EBADF."""
@@ -159,14 +171,45 @@ class FilesStruct(State):
     def close(self, fd: int) -> Steps[None]:
         """close(2).  EBADF."""
         file = self.lookup(fd)
-        del self.fds[fd]
-        self.close_on_exec.discard(fd)
+        self._drop(fd)
         yield from fput(file)
 
     def dup(self, fd: int, limit: int) -> int:
         """dup(2): a second number for the same file, never close-on-exec.  EBADF, EMFILE."""
         file = self.lookup(fd)
         return self.install(self.get_unused_fd(limit), file.get())
+
+    def dup_to(self, fd: int, number: int, *, cloexec: bool) -> Steps[int]:
+        """dup3(2) onto a number, which is closed first if it is open.  EBADF."""
+        file = self.lookup(fd).get()
+        if number in self.fds:
+            yield from self.close(number)
+        return self.install(number, file, cloexec=cloexec)
+
+    def fork(self) -> "FilesStruct":
+        """dup_fd(): the same files under the same numbers."""
+        other = FilesStruct(self._first)
+        other._next_fd = self._next_fd
+        other.close_on_exec = set(self.close_on_exec)
+        other.fds = {fd: file.get() for fd, file in self.fds.items() if file is not None}
+        return other
+
+    def set_close_on_exec(self, fd: int, *, on: bool) -> None:
+        """FD_CLOEXEC of a number that is open."""
+        if on:
+            self.close_on_exec.add(fd)
+        else:
+            self.close_on_exec.discard(fd)
+
+    def do_close_on_exec(self) -> Steps[None]:
+        """execve(2): close what asked for it, in ascending order."""
+        for fd in sorted(self.close_on_exec):
+            yield from self.close(fd)
+
+    def _drop(self, fd: int) -> None:
+        del self.fds[fd]
+        self.close_on_exec.discard(fd)
+        self._next_fd = min(self._next_fd, fd)
 
     def close_all(self) -> Steps[None]:
         """exit_files(): close every number in ascending order."""

@@ -42,6 +42,8 @@ class BadAccess(Exception):
 
 def load(mm: MmStruct, addr: int, length: int) -> Steps[bytes]:
     """What a process reads at an address.  BadAccess."""
+    if mm.outside is not None:
+        return mm.outside.read(addr, length)
     out: list[bytes] = []
     for vma, start, stop in _pieces(mm, addr, length, PROT_READ):
         page = _kernel_page(vma, start)
@@ -72,6 +74,9 @@ def store(mm: MmStruct, addr: int, data: bytes) -> Steps[None]:
     HostRmpFault where the page behind the address is assigned: Linux has no answer to that
     either.
     """
+    if mm.outside is not None:
+        mm.outside.write(addr, data)
+        return
     for vma, start, stop in _pieces(mm, addr, len(data), PROT_WRITE):
         page = _kernel_page(vma, start)
         if page is not None:
@@ -101,6 +106,8 @@ def get_user_pages(
 
     A mapping of kernel memory (kvm_run) has no frames to give and is EFAULT too.
     """
+    if mm.outside is not None:
+        raise Unmodelled("memory of a caught program that is the guest's too")
     found: list[tuple[Pfn, int]] = []
     prot = PROT_WRITE if write else PROT_READ
     try:

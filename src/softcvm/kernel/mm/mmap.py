@@ -33,6 +33,7 @@ __all__ = (
     "PROT_WRITE",
     "MmStruct",
     "MmuNotifier",
+    "UserMemory",
     "VmOps",
     "Vma",
 )
@@ -51,6 +52,18 @@ _MADV_VALID = frozenset({*range(5), *range(8, 26), 100, 101})
 _TASK_SIZE_PAGES = (1 << 47 - PAGE_SHIFT) - 1
 _MMAP_BASE = 0x7FFF_F7FF_F000 >> PAGE_SHIFT
 _MMAP_MIN = 0x1_0000 >> PAGE_SHIFT  # vm.mmap_min_addr
+
+
+class UserMemory(Protocol):
+    """Memory of a process whose address space is not the model's: a program that was caught."""
+
+    def read(self, addr: int, length: int) -> bytes:
+        """Each byte fetched once.  BadAccess."""
+        ...
+
+    def write(self, addr: int, data: bytes) -> None:
+        """BadAccess, when the bytes before the bad one are written."""
+        ...
 
 
 class VmOps(Protocol):
@@ -126,10 +139,13 @@ class MmStruct(State):
         "notifiers": "each VM names its mm",
         "_zaps": "0 at quiescent points",
         "_starts": "first pages of vmas",
+        "outside": "a caught program's memory is not the model's",
     }
 
     def __init__(self, linux: "Linux") -> None:
         self.linux = linux
+        self.outside: UserMemory | None = None
+        """Where system calls copy from and to instead of the mappings here."""
         self.mmap_lock = RwSem(linux.lockdep, "mmap_lock", Rank.MMAP_LOCK)
         self.vmas: list[Vma] = []
         self._starts: list[int] = []

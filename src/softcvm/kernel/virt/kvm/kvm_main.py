@@ -247,6 +247,10 @@ class Kvm(State):
         return self.mmu_invalidate_seq != seq
 
 
+_VCPU_PAGES = 2
+"""kvm_run and the data of port I/O."""
+
+
 class KvmVcpu(State):
     """struct kvm_vcpu.  `run` is the page that the VMM maps at offset 0 of the vCPU's fd."""
 
@@ -262,8 +266,9 @@ class KvmVcpu(State):
         self.vcpu_id = vcpu_id
         self.vcpu_idx = -1
         self.mutex = Mutex(kvm.linux.lockdep, "vcpu->mutex", Rank.VCPU_MUTEX)
-        self.run = KvmRun()
-        self.pio_data = bytearray(PAGE_SIZE)
+        shared = kvm.linux.mappable(_VCPU_PAGES * PAGE_SIZE)
+        self.run = KvmRun.over(shared[:PAGE_SIZE])
+        self.pio_data = shared[PAGE_SIZE : 2 * PAGE_SIZE]
         self.dirty_ring = KvmDirtyRing(kvm.dirty_ring_size) if kvm.dirty_ring_size else None
         self.proc: Process | None = None
         self.arch = VcpuArch(bsp=vcpu_id == 0, irqchip=kvm.arch.irqchip)

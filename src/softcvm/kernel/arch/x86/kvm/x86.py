@@ -174,7 +174,7 @@ def _block(vcpu: "KvmVcpu", proc: "Process") -> Steps[None]:
     """kvm_vcpu_block(): sleep until there is something for the vCPU, or a signal."""
     wait = Wait(
         f"wake-up of vCPU {vcpu.vcpu_id}",
-        lambda: _runnable(vcpu) or proc.signal_after is not None,
+        lambda: _runnable(vcpu) or proc.signal_on_its_way,
     )
     vcpu.kvm.srcu.release_read()
     while not _runnable(vcpu) and not proc.signal_pending():

@@ -75,7 +75,8 @@ def sev_es_sync_vmsa(vcpu: "KvmVcpu") -> None:
     EINVAL: already encrypted, or under debugging.
     """
     arch = vcpu.arch
-    if arch.guest_state_protected:
+    once = sev_snp_guest(vcpu.kvm) or vcpu.kvm.linux.profile.encrypted_vmsa_refused
+    if arch.guest_state_protected and once:
         raise KernelError(EINVAL, f"the VMSA of vCPU {vcpu.vcpu_id} is encrypted already")
     if arch.guest_debug or arch.debugregs.dr7 & ~_DR7_FIXED_1:
         raise KernelError(EINVAL, f"vCPU {vcpu.vcpu_id} is under debugging")

@@ -1,0 +1,119 @@
+"""Caught processes and their threads: which process of the machine each one is.
+
+Owns the pairing of a real process with a process of the model, the stand-ins for the model's files among its
+descriptors, and what its signals are.  Numbers of emulated files are the same on both sides.
+"""
+
+import os
+import resource
+import signal
+from collections.abc import Callable
+from time import monotonic
+
+from softcvm.attach.filter import FD_BASE
+from softcvm.attach.remote_memory import RemoteMemory
+from softcvm.kernel.fs.file import FilesStruct
+from softcvm.kernel.mm.mmap import MmStruct
+from softcvm.kernel.task import Process, Rlimits
+from softcvm.machine import Machine
+from softcvm.sim.steps import Task
+
+__all__ = ("Caught", "Thread")
+
+_QUICK = 0.001
+"""Seconds in which nobody asks whether a signal came."""
+
+
+class Thread(Task):
+    """One thread of a caught process: a task of the model."""
+
+    __slots__ = ("began", "process", "tid")
+
+    def __init__(self, process: "Caught", tid: int) -> None:
+        super().__init__(f"thread {tid}")
+        self.process = process
+        self.tid = tid
+        self.began = 0.0
+        """When its system call began."""
+
+    def signal_pending(self) -> bool:
+        """Whether a signal that is neither blocked nor ignored waits for it, in a call that takes long."""
+        if monotonic() - self.began < _QUICK:
+            return False
+        return bool(self._pending_signals())
+
+    def _pending_signals(self) -> int:
+        masks = {"SigPnd": 0, "ShdPnd": 0, "SigBlk": 0, "SigIgn": 0}
+        try:
+            with open(f"/proc/{self.process.pid}/task/{self.tid}/status", "rb") as file:
+                for line in file:
+                    name, _, value = line.decode().partition(":")
+                    if name in masks:
+                        masks[name] = int(value, 16)
+        except OSError:
+            return 1 << signal.SIGKILL - 1  # it is gone
+        return (masks["SigPnd"] | masks["ShdPnd"]) & ~masks["SigBlk"] & ~masks["SigIgn"]
+
+
+class Caught:
+    """One process of the program, and the process of the machine that it is."""
+
+    def __init__(self, machine: Machine, pid: int, current: Callable[[], Task]) -> None:
+        self.pid = pid
+        self.machine = machine
+        self._current = current
+        self.proc: Process = machine.linux.create_process()
+        self.proc.files = FilesStruct(FD_BASE)
+        self._connect()
+        self.threads: dict[int, Thread] = {}
+        self.stand_ins: set[int] = set()
+        """Numbers above FD_BASE that are in the real process too."""
+
+    def thread(self, tid: int) -> Thread:
+        found = self.threads.get(tid)
+        if found is None:
+            found = self.threads[tid] = Thread(self, tid)
+        return found
+
+    def fork(self, pid: int, *, shares_memory: bool) -> "Caught":
+        """A child with the same files; it has the parent's memory only until it executes a program."""
+        child = Caught(self.machine, pid, self._current)
+        child.proc.files = self.proc.files.fork()
+        child.stand_ins = set(self.stand_ins)
+        child._connect()
+        if shares_memory:
+            child.proc.mm = self.proc.mm
+        return child
+
+    def new_memory(self) -> MmStruct:
+        """execve(): the old address space, which its owner leaves."""
+        old = self.proc.mm
+        self.proc.mm = MmStruct(self.machine.linux)
+        self._connect()
+        return old
+
+    def read_limits(self) -> None:
+        """RLIMIT_NOFILE may have changed since the last time; the others do not matter to what is caught."""
+        soft, _ = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
+        if soft != self.proc.rlimits.nofile:
+            limits = self.proc.rlimits
+            self.proc.rlimits = Rlimits(soft, limits.memlock, limits.cap_ipc_lock)
+
+    @property
+    def memory(self) -> RemoteMemory:
+        outside = self.proc.mm.outside
+        assert isinstance(outside, RemoteMemory), "a caught process has its own memory"
+        return outside
+
+    def _connect(self) -> None:
+        if self.proc.mm.outside is None:
+            self.proc.mm.outside = RemoteMemory(self.pid)
+        self.proc.files.foreign = self._has_descriptor
+        self.proc.signalled = self._signalled
+
+    def _has_descriptor(self, fd: int) -> bool:
+        return os.path.lexists(f"/proc/{self.pid}/fd/{fd}")
+
+    def _signalled(self) -> bool:
+        task = self._current()
+        return isinstance(task, Thread) and task.signal_pending()

@@ -1,0 +1,314 @@
+"""The supervisor: serves the calls of a caught program until its first process has ended.
+
+Owns the main loop, the threads that wait inside KVM_RUN, and the life of the caught processes as ptrace
+tells it.  What a call does is calls.py; who drives the model is driver.py.
+
+One thread, the one that started the program, receives all calls and does all ptrace.  KVM_RUN may take for
+ever, so each caught thread that calls it gets a thread here which runs it and answers.
+"""
+
+import os
+import queue
+import select
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from time import monotonic
+
+from softcvm.attach import ptrace
+from softcvm.attach.calls import CARRY_ON, HANDLERS, LATER
+from softcvm.attach.driver import Driver
+from softcvm.attach.listener import Listener, Notification
+from softcvm.attach.mappable import SharedPages, mappable
+from softcvm.attach.process import Caught, Thread
+from softcvm.attach.ptrace import PtraceEvent, Stop, ThreadGone
+from softcvm.attach.start import Started, exec_error, start
+from softcvm.kernel.errors import KernelError
+from softcvm.kernel.fs.file import FileKind
+from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
+from softcvm.machine import Machine
+from softcvm.sim.steps import Steps
+
+__all__ = ("Supervisor",)
+
+_GROUP_STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
+
+
+class Supervisor:
+    """One program and its descendants on one machine."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        machine.linux.mappable = mappable
+        self.driver = Driver(machine.linux.lockdep)
+        self.processes: dict[int, Caught] = {}
+        self._threads: dict[int, Thread] = {}
+        self._early: set[int] = set()
+        """New threads that stopped before their parent's event said whose they are."""
+        self._workers: dict[int, queue.SimpleQueue[Callable[[], None] | None]] = {}
+        self._failure: BaseException | None = None
+        self._stand_in = os.open("/dev/null", 3)  # neither readable nor writable
+        self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._executed = False
+
+    def run(self, argv: Sequence[str]) -> int:
+        """Run a program to its end; its wait status.  UnavailableError, ExecError, Unmodelled."""
+        with _signals_wake(self._wake_write):
+            started = start(argv)
+            self._listener = Listener(started.listener)
+            first = self._new_process(started.pid)
+            try:
+                return self._serve(first.pid, argv[0], started)
+            finally:
+                self._end_all()
+                os.close(started.listener)
+                os.close(started.exec_failed)
+
+    # The main loop
+
+    def _serve(self, first: int, program: str, started: Started) -> int:
+        poller = select.poll()
+        poller.register(started.listener, select.POLLIN)
+        poller.register(self._wake_read, select.POLLIN)
+        while True:
+            for fd, events in poller.poll():
+                if fd == self._wake_read:
+                    os.read(self._wake_read, 4096)
+                    status = self._reap(first)
+                    if self._failure is not None:
+                        raise self._failure
+                    if status is not None:
+                        if not self._executed and (errno := os.read(started.exec_failed, 1)):
+                            raise exec_error(program, errno[0])
+                        return status
+                elif events & select.POLLIN:
+                    call = self._listener.receive()
+                    if call is not None:
+                        self._handle(call)
+                else:
+                    poller.unregister(fd)  # nobody is left under the filter
+
+    def _handle(self, call: Notification) -> None:
+        thread = self._threads.get(call.tid)
+        if thread is None:
+            self._listener.carry_on(call.id)
+            return
+        thread.began = monotonic()
+        result = HANDLERS[call.nr](self, thread, call)
+        if result == CARRY_ON:
+            self._listener.carry_on(call.id)
+        elif result != LATER:
+            self._listener.answer(call.id, result)
+
+    # What handlers use
+
+    def model(
+        self, thread: Thread, call: Notification, steps: "Steps[int] | Steps[None]"
+    ) -> int:
+        """Run a system call of the model; its result or negative errno, with new files in place."""
+        try:
+            result = self.driver.run(steps, thread)
+        except OSError as error:
+            return -(error.errno or 0)
+        except KernelError as error:
+            return -error.errno
+        process = thread.process
+        if len(process.proc.files.fds) != len(process.stand_ins):
+            self._place_stand_ins(process, call)
+        return result or 0
+
+    def model_later(self, thread: Thread, call: Notification, steps: Steps[int]) -> None:
+        """The same in a thread of its own, which answers the call."""
+
+        def work() -> None:
+            try:
+                self._listener.answer(call.id, self.model(thread, call, steps))
+            except BaseException as error:  # reported by the main loop
+                self._failure = error
+                self._wake()
+
+        worker = self._workers.get(thread.tid)
+        if worker is None:
+            worker = self._workers[thread.tid] = queue.SimpleQueue()
+            threading.Thread(target=_work, args=(worker,), daemon=True).start()
+        worker.put(work)
+
+    def give_text(self, call: Notification, text: str, *, cloexec: bool) -> int:
+        """A file of the program's own with this text; its number there."""
+        source = os.memfd_create("softcvm")
+        try:
+            os.write(source, text.encode())
+            readable = os.open(f"/proc/self/fd/{source}", os.O_RDONLY)
+        finally:
+            os.close(source)
+        try:
+            return self._listener.add_any_fd(call.id, readable, cloexec=cloexec)
+        except OSError as error:
+            return -(error.errno or 0)
+        finally:
+            os.close(readable)
+
+    def mapping_changes(self, thread: Thread, call: Notification) -> None:
+        """The program is about to unmap or replace memory, or to map code."""
+
+    def _place_stand_ins(self, process: Caught, call: Notification) -> None:
+        """Give the process a descriptor for each of the model's files, under the same number."""
+        files = process.proc.files
+        for number in files.fds.keys() - process.stand_ins:
+            file = files.fds[number]
+            if file is None:
+                continue
+            source = self._stand_in
+            if file.kind is FileKind.VCPU and isinstance(file.private, KvmVcpu):
+                source = SharedPages.behind(file.private.run.data).fd
+            cloexec = number in files.close_on_exec
+            self._listener.add_fd(call.id, source, number, cloexec=cloexec)
+            process.stand_ins.add(number)
+
+    # Processes and threads
+
+    def _new_process(self, pid: int) -> Caught:
+        process = Caught(self.machine, pid, lambda: self.machine.linux.lockdep.current)
+        self.processes[pid] = process
+        self._threads[pid] = process.thread(pid)
+        return process
+
+    def _reap(self, first: int) -> int | None:
+        """Deal with every stop and end that ptrace has; the wait status once the first process is over."""
+        while True:
+            try:
+                stop = ptrace.wait_any()
+            except ChildProcessError:
+                return None
+            if stop is None:
+                return None
+            if stop.ended:
+                self._thread_ended(stop.tid)
+                if stop.tid == first:
+                    return stop.status
+                continue
+            try:
+                self._stopped(stop)
+            except ThreadGone:
+                continue
+
+    def _stopped(self, stop: Stop) -> None:
+        tid = stop.tid
+        match stop.event:
+            case PtraceEvent.FORK | PtraceEvent.VFORK | PtraceEvent.CLONE:
+                self._cloned(tid, ptrace.event_message(tid), stop.event)
+                ptrace.carry_on(tid)
+            case PtraceEvent.EXEC:
+                self._execed(tid)
+                ptrace.carry_on(tid)
+            case PtraceEvent.EXIT:
+                self._thread_exits(tid)
+                ptrace.carry_on(tid)
+            case PtraceEvent.STOP if stop.signo in _GROUP_STOPS:
+                ptrace.listen(tid)
+            case PtraceEvent.STOP if tid not in self._threads:
+                self._early.add(tid)
+            case PtraceEvent.STOP:
+                ptrace.carry_on(tid)
+            case _:
+                ptrace.carry_on(tid, stop.signo)
+
+    def _cloned(self, parent: int, child: int, event: int) -> None:
+        family = self._threads[parent].process
+        if os.path.exists(f"/proc/{family.pid}/task/{child}"):
+            self._threads[child] = family.thread(child)
+        else:
+            shares = event == PtraceEvent.VFORK
+            with self.driver.alone():
+                process = family.fork(child, shares_memory=shares)
+            self.processes[child] = process
+            self._threads[child] = process.thread(child)
+        if child in self._early:
+            self._early.discard(child)
+            ptrace.carry_on(child)
+
+    def _execed(self, tid: int) -> None:
+        """The process has one thread now, whose number is the process's, and a new address space."""
+        self._executed = True
+        process = self.processes[tid]
+        for other in [t for t in process.threads if t != tid]:
+            self._forget(other)
+        thread = process.thread(tid)
+        proc = process.proc
+        shared = any(p is not process and p.proc.mm is proc.mm for p in self.processes.values())
+        old = process.new_memory()
+        if not shared:
+            self.driver.run(old.exit_mmap(), thread)
+        process.stand_ins -= proc.files.close_on_exec
+        self.driver.run(proc.files.do_close_on_exec(), thread)
+
+    def _thread_exits(self, tid: int) -> None:
+        """Before the thread is gone: with the last one the process's files are closed, as in do_exit()."""
+        thread = self._threads.get(tid)
+        if thread is not None and len(thread.process.threads) == 1:
+            self._exit(thread.process, thread)
+
+    def _thread_ended(self, tid: int) -> None:
+        thread = self._threads.get(tid)
+        if thread is None:
+            self._early.discard(tid)
+            return
+        self._forget(tid)
+        if not thread.process.threads:
+            self._exit(thread.process, thread)
+
+    def _exit(self, process: Caught, thread: Thread) -> None:
+        if self.processes.pop(process.pid, None) is None:
+            return
+        proc = process.proc
+        if any(other.proc.mm is proc.mm for other in self.processes.values()):
+            self.driver.run(
+                proc.files.close_all(), thread
+            )  # a vfork() child: the memory is its parent's
+        else:
+            self.driver.run(proc.exit(), thread)
+        self.machine.linux.processes.remove(proc)
+
+    def _forget(self, tid: int) -> None:
+        thread = self._threads.pop(tid, None)
+        if thread is not None:
+            thread.process.threads.pop(tid, None)
+        worker = self._workers.pop(tid, None)
+        if worker is not None:
+            worker.put(None)
+
+    def _end_all(self) -> None:
+        """Nothing of the program is left behind when softcvm gives up on it, or its first process ends."""
+        for worker in self._workers.values():
+            worker.put(None)
+        for pid in self.processes:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        ptrace.wait_for_all()
+
+    def _wake(self) -> None:
+        os.write(self._wake_write, b"!")
+
+
+def _work(jobs: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
+    """A thread that runs what one caught thread asks for, until that one ends."""
+    while (job := jobs.get()) is not None:
+        job()
+
+
+@contextmanager
+def _signals_wake(fd: int) -> Iterator[None]:
+    """While the program runs, the end or stop of a thread wakes the main loop, and Ctrl-C is the program's."""
+    old_fd = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
+    old = {signo: signal.signal(signo, _noted) for signo in (signal.SIGCHLD, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for signo, handler in old.items():
+            signal.signal(signo, handler)
+        signal.set_wakeup_fd(old_fd)
+
+
+def _noted(signo: int, frame: object) -> None:
+    """The wake-up descriptor has said it."""
