@@ -12,6 +12,7 @@ from time import monotonic
 
 from softcvm.attach.filter import FD_BASE
 from softcvm.attach.remote_memory import RemoteMemory
+from softcvm.hw.cpu.cpuid import CpuidResult
 from softcvm.kernel.fs.file import FilesStruct
 from softcvm.kernel.mm.mmap import MmStruct
 from softcvm.kernel.task import Process, Rlimits
@@ -68,6 +69,10 @@ class Caught:
         self.threads: dict[int, Thread] = {}
         self.stand_ins: set[int] = set()
         """Numbers above FD_BASE that are in the real process too."""
+        self.cpuid_sites: set[int] = set()
+        """Where a CPUID instruction is patched in its memory."""
+        self.real_cpuid: dict[tuple[int, int], CpuidResult] = {}
+        """What the real processor said, by EAX and ECX."""
 
     def thread(self, tid: int) -> Thread:
         found = self.threads.get(tid)
@@ -80,6 +85,8 @@ class Caught:
         child = Caught(self.machine, pid, self._current)
         child.proc.files = self.proc.files.fork()
         child.stand_ins = set(self.stand_ins)
+        child.cpuid_sites = set(self.cpuid_sites)
+        child.real_cpuid = self.real_cpuid
         child._connect()
         if shares_memory:
             child.proc.mm = self.proc.mm
@@ -87,6 +94,7 @@ class Caught:
 
     def new_memory(self) -> MmStruct:
         """execve(): the old address space, which its owner leaves."""
+        self.cpuid_sites.clear()
         old = self.proc.mm
         self.proc.mm = MmStruct(self.machine.linux)
         self._connect()

@@ -26,6 +26,7 @@ __all__ = (
     "listen",
     "seize",
     "set_registers",
+    "step",
     "wait_any",
     "wait_for_all",
     "wait_thread",
@@ -151,7 +152,6 @@ def inject(tid: int, nr: int, *args: int) -> int:
     """Make a stopped thread execute a system call, and leave it stopped as it was; the result.
 
     It must be stopped behind a SYSCALL instruction, which is used again.
-    Signals that come meanwhile stay pending: they are sent to it again.
     """
     before = get_registers(tid)
     changed = Registers.from_buffer_copy(before)
@@ -160,8 +160,19 @@ def inject(tid: int, nr: int, *args: int) -> int:
     for name, value in zip(_ARGUMENTS, (*args, *[0] * (6 - len(args))), strict=True):
         setattr(changed, name, value)
     set_registers(tid, changed)
-    _ptrace(_SINGLESTEP, tid)
+    step(tid)
+    result = ctypes.c_int64(get_registers(tid).rax).value
+    set_registers(tid, before)
+    return result
+
+
+def step(tid: int) -> None:
+    """Have a stopped thread execute one instruction, a system call included, and stop again.
+
+    Signals that come meanwhile are sent to it once more, afterwards.
+    """
     late: list[int] = []
+    _ptrace(_SINGLESTEP, tid)
     while True:
         stop = wait_thread(tid)
         if stop.ended:
@@ -171,11 +182,8 @@ def inject(tid: int, nr: int, *args: int) -> int:
         if not stop.event:
             late.append(stop.signo)
         _ptrace(_SINGLESTEP, tid)
-    result = ctypes.c_int64(get_registers(tid).rax).value
-    set_registers(tid, before)
     for signo in late:
         LIBC.syscall(_SYS_TKILL, tid, signo)
-    return result
 
 
 _SYS_TKILL = 200

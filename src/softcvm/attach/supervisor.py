@@ -18,7 +18,9 @@ from time import monotonic
 
 from softcvm.attach import ptrace
 from softcvm.attach.calls import CARRY_ON, HANDLERS, LATER
+from softcvm.attach.cpuid import answer_cpuid, patch_code
 from softcvm.attach.driver import Driver
+from softcvm.attach.kernel_abi import Nr
 from softcvm.attach.listener import Listener, Notification
 from softcvm.attach.mappable import SharedPages, mappable
 from softcvm.attach.process import Caught, Thread
@@ -26,6 +28,7 @@ from softcvm.attach.ptrace import PtraceEvent, Stop, ThreadGone
 from softcvm.attach.start import Started, exec_error, start
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.fs.file import FileKind
+from softcvm.kernel.mm.mmap import MAP_ANONYMOUS, PROT_EXEC
 from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 from softcvm.machine import Machine
 from softcvm.sim.steps import Steps
@@ -47,6 +50,8 @@ class Supervisor:
         self._early: set[int] = set()
         """New threads that stopped before their parent's event said whose they are."""
         self._workers: dict[int, queue.SimpleQueue[Callable[[], None] | None]] = {}
+        self._after: dict[int, Callable[[], None]] = {}
+        """What to do when a thread has stopped at the end of a call."""
         self._failure: BaseException | None = None
         self._stand_in = os.open("/dev/null", 3)  # neither readable nor writable
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -151,6 +156,17 @@ class Supervisor:
 
     def mapping_changes(self, thread: Thread, call: Notification) -> None:
         """The program is about to unmap or replace memory, or to map code."""
+        if call.nr == Nr.MMAP and call.args[2] & PROT_EXEC and not call.args[3] & MAP_ANONYMOUS:
+            self._stop_after(thread, lambda: self._code_was_mapped(thread))
+
+    def _stop_after(self, thread: Thread, act: Callable[[], None]) -> None:
+        """Stop a thread at the end of the call that it is allowed to make now."""
+        self._after[thread.tid] = act
+        with suppress(ThreadGone):
+            ptrace.interrupt(thread.tid)
+
+    def _code_was_mapped(self, thread: Thread) -> None:
+        patch_code(thread.process, ptrace.get_registers(thread.tid).rax)
 
     def _place_stand_ins(self, process: Caught, call: Notification) -> None:
         """Give the process a descriptor for each of the model's files, under the same number."""
@@ -207,12 +223,22 @@ class Supervisor:
                 ptrace.carry_on(tid)
             case PtraceEvent.STOP if stop.signo in _GROUP_STOPS:
                 ptrace.listen(tid)
+            case PtraceEvent.STOP if tid in self._after:
+                self._after.pop(tid)()
+                ptrace.carry_on(tid)
             case PtraceEvent.STOP if tid not in self._threads:
                 self._early.add(tid)
             case PtraceEvent.STOP:
                 ptrace.carry_on(tid)
+            case 0 if stop.signo == signal.SIGTRAP and self._trapped(tid):
+                ptrace.carry_on(tid)
             case _:
                 ptrace.carry_on(tid, stop.signo)
+
+    def _trapped(self, tid: int) -> bool:
+        """A breakpoint, which may be one of ours."""
+        thread = self._threads.get(tid)
+        return thread is not None and answer_cpuid(thread.process, tid)
 
     def _cloned(self, parent: int, child: int, event: int) -> None:
         family = self._threads[parent].process
@@ -240,6 +266,7 @@ class Supervisor:
         old = process.new_memory()
         if not shared:
             self.driver.run(old.exit_mmap(), thread)
+        patch_code(process)
         process.stand_ins -= proc.files.close_on_exec
         self.driver.run(proc.files.do_close_on_exec(), thread)
 
@@ -271,6 +298,7 @@ class Supervisor:
         self.machine.linux.processes.remove(proc)
 
     def _forget(self, tid: int) -> None:
+        self._after.pop(tid, None)
         thread = self._threads.pop(tid, None)
         if thread is not None:
             thread.process.threads.pop(tid, None)
