@@ -6,7 +6,6 @@ program's private copy of the page; the file on disk stays as it is.
 """
 
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
 from softcvm.attach import ptrace
@@ -15,10 +14,13 @@ from softcvm.attach.process import Caught
 from softcvm.hw.cpu.cpuid import CpuidResult, cpuid
 from softcvm.hw.profile import CpuProfile
 
-__all__ = ("answer_cpuid", "patch_code")
+__all__ = ("answer_cpuid", "patch_code", "read_real_cpuid")
 
 _PATCH, _CPUID = b"\xcc\x90", b"\x0f\xa2"
 _U32 = (1 << 32) - 1
+_MOST_LEAVES = 0x40
+_SUBLEAVES = {4: 8, 7: 3, 0xB: 4, 0xD: 20, 0x8000_001D: 6}
+"""Leaves that ECX tells more of, and how far anybody asks."""
 _EXTENDED = 0x8000_0000
 _SVM_BIT = 1 << 2
 _OURS = frozenset({*range(0x8000_0002, 0x8000_0005), 0x8000_0008, 0x8000_000A, 0x8000_001F})
@@ -52,18 +54,22 @@ def patch_code(process: Caught, address: int | None = None) -> None:
             _patch(process, mapping)
 
 
-def _patch(process: Caught, mapping: _Mapping) -> None:
+def _places(process: Caught, mapping: _Mapping) -> list[int]:
+    """Addresses of the mapping's CPUID instructions."""
     try:
         # Through the process's root: it may see other files under this name.
         sites = cpuid_sites(f"/proc/{process.pid}/root{mapping.path}")
     except OSError:
-        return  # deleted meanwhile, or not readable: its code runs as it is
-    length = mapping.end - mapping.start
-    places = [
+        return []  # deleted meanwhile, or not readable: its code runs as it is
+    return [
         mapping.start + site - mapping.offset
         for site in sites
-        if 0 <= site - mapping.offset < length - 1
+        if 0 <= site - mapping.offset < mapping.end - mapping.start - 1
     ]
+
+
+def _patch(process: Caught, mapping: _Mapping) -> None:
+    places = _places(process, mapping)
     if not places:
         return
     with open(f"/proc/{process.pid}/mem", "r+b", buffering=0) as memory:
@@ -82,9 +88,8 @@ def answer_cpuid(process: Caught, tid: int) -> bool:
     if place not in process.cpuid_sites:
         return False
     function, index = registers.rax & _U32, registers.rcx & _U32
-    real = process.real_cpuid.get((function, index))
-    if real is None:
-        real = process.real_cpuid[function, index] = _execute(process, tid, place)
+    known = process.real_cpuid
+    real = known.get((function, index), known.get((function, 0), CpuidResult()))
     result = _overlaid(process.machine.soc.profile, function, index, real)
     registers.rax, registers.rbx, registers.rcx, registers.rdx = result
     registers.rip = place + len(_CPUID)
@@ -92,22 +97,44 @@ def answer_cpuid(process: Caught, tid: int) -> bool:
     return True
 
 
-def _execute(process: Caught, tid: int, place: int) -> CpuidResult:
-    """What the real processor says: the instruction is put back for one step."""
-    registers = ptrace.get_registers(tid)
-    registers.rip = place
-    ptrace.set_registers(tid, registers)
-    with open(f"/proc/{process.pid}/mem", "r+b", buffering=0) as memory:
-        memory.seek(place)
-        memory.write(_CPUID)
-        try:
+def read_real_cpuid(process: Caught, tid: int) -> None:
+    """Ask the real processor once, through the first CPUID instruction of a program that has just been executed.
+
+    It has one thread, stopped in execve(), and nothing is patched yet.
+    """
+    if process.real_cpuid:
+        return
+    place = next(
+        (
+            place
+            for mapping in _code_mappings(process.pid)
+            for place in _places(process, mapping)
+        ),
+        None,
+    )
+    if place is None:
+        return
+    before = ptrace.get_registers(tid)
+
+    def ask(function: int, index: int = 0) -> CpuidResult:
+        registers = ptrace.get_registers(tid)
+        registers.rax, registers.rcx, registers.rip = function, index, place
+        registers.orig_rax = (1 << 64) - 1
+        ptrace.set_registers(tid, registers)
+        after = registers
+        while after.rip == place:  # the first step only leaves the system call
             ptrace.step(tid)
-        finally:
-            with suppress(OSError):
-                memory.seek(place)
-                memory.write(_PATCH)
-    after = ptrace.get_registers(tid)
-    return CpuidResult(after.rax & _U32, after.rbx & _U32, after.rcx & _U32, after.rdx & _U32)
+            after = ptrace.get_registers(tid)
+        return CpuidResult(
+            *(value & _U32 for value in (after.rax, after.rbx, after.rcx, after.rdx))
+        )
+
+    for base in (0, _EXTENDED):
+        last = ask(base).eax
+        for function in range(base, min(last, base + _MOST_LEAVES) + 1):
+            for index in range(_SUBLEAVES.get(function, 1)):
+                process.real_cpuid[function, index] = ask(function, index)
+    ptrace.set_registers(tid, before)
 
 
 def _overlaid(profile: CpuProfile, function: int, index: int, real: CpuidResult) -> CpuidResult:
@@ -120,7 +147,7 @@ def _overlaid(profile: CpuProfile, function: int, index: int, real: CpuidResult)
         case _ if function == _EXTENDED:
             return CpuidResult(max(real.eax, ours.eax), *_AMD)
         case 0x8000_0001:
-            return real._replace(ecx=real.ecx | _SVM_BIT)
+            return real._replace(eax=profile.signature, ecx=real.ecx | _SVM_BIT)
         case _ if function in _OURS:
             return ours
         case _ if function in _CACHE_LEAVES and not any(real):

@@ -18,7 +18,7 @@ from time import monotonic
 
 from softcvm.attach import ptrace
 from softcvm.attach.calls import CARRY_ON, HANDLERS, LATER
-from softcvm.attach.cpuid import answer_cpuid, patch_code
+from softcvm.attach.cpuid import answer_cpuid, patch_code, read_real_cpuid
 from softcvm.attach.driver import Driver
 from softcvm.attach.kernel_abi import Nr
 from softcvm.attach.listener import Listener, Notification
@@ -266,6 +266,7 @@ class Supervisor:
         old = process.new_memory()
         if not shared:
             self.driver.run(old.exit_mmap(), thread)
+        read_real_cpuid(process, tid)
         patch_code(process)
         process.stand_ins -= proc.files.close_on_exec
         self.driver.run(proc.files.do_close_on_exec(), thread)
