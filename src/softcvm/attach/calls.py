@@ -311,8 +311,7 @@ def _mmap(sup: "Supervisor", thread: Thread, call: Notification) -> int:
     addr, length, prot, flags, fd, offset = call.args
     file = None if flags & _MAP_ANONYMOUS else _emulated(thread, fd)
     if file is None:
-        sup.mapping_changes(thread, call)
-        return CARRY_ON
+        return sup.mapping_changes(thread, call)
     if file.kind is FileKind.VCPU:
         return CARRY_ON  # its pages are the stand-in's own
     steps = dispatch.sys_mmap(
@@ -325,8 +324,7 @@ def _mmap(sup: "Supervisor", thread: Thread, call: Notification) -> int:
 
 
 def _unmap(sup: "Supervisor", thread: Thread, call: Notification) -> int:
-    sup.mapping_changes(thread, call)
-    return CARRY_ON
+    return sup.mapping_changes(thread, call)
 
 
 HANDLERS: dict[int, Handler] = {

@@ -7,12 +7,12 @@ Lock: `_model`, never held while a thread sleeps in the model.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import TypeVar
 
-from softcvm.sim.steps import Lockdep, Point, Steps, Task
+from softcvm.sim.steps import Lockdep, Point, Steps, Task, Wait
 
 __all__ = ("Driver",)
 
@@ -26,8 +26,10 @@ _SLICE = 0.002
 class Driver:
     """Runs steps of one machine, for any number of threads."""
 
-    def __init__(self, lockdep: Lockdep) -> None:
+    def __init__(self, lockdep: Lockdep, asked: Callable[[Wait, Task], None]) -> None:
+        """asked: told of what a task is about to sleep for, with the model to itself."""
         self._lockdep = lockdep
+        self._asked = asked
         self._model = threading.Condition(threading.Lock())
         self._wanted = 0
 
@@ -63,6 +65,8 @@ class Driver:
                 return result
             if _waits(point):
                 dep.straight = False
+                if isinstance(point.waits_for, Wait):
+                    self._asked(point.waits_for, task)
                 while _waits(point):
                     self._model.notify_all()
                     self._model.wait(_LOOK)

@@ -6,9 +6,11 @@ Emulated files have descriptors from FD_BASE up; no other descriptor is looked a
 
 from softcvm.attach.kernel_abi import AUDIT_ARCH_X86_64, Nr
 
-__all__ = ("FD_BASE", "build_filter")
+__all__ = ("FD_BASE", "OURS", "build_filter")
 
 FD_BASE = 512
+OURS = 0x736F_6674
+"""In the upper half of mmap()'s descriptor, which the kernel ignores: softcvm makes this call in the program's name."""
 _FD_END = 1 << 30
 """Above it are AT_FDCWD and other negative numbers."""
 
@@ -103,6 +105,9 @@ def _notify_fd(at: int) -> list[Line]:
 def _mmap() -> list[Line]:
     """Mappings of emulated files, those that replace others, and those of code in a file."""
     return [
+        (_LD, 0, 0, _argument(4) + 4),
+        (_JEQ, 0, 1, OURS),
+        (_RET, 0, 0, _ALLOW),
         (_LD, 0, 0, _argument(3)),
         (_JSET, 0, 1, _MAP_FIXED),
         (_RET, 0, 0, _NOTIFY),

@@ -17,7 +17,7 @@ from softcvm.kernel.fs.file import FilesStruct
 from softcvm.kernel.mm.mmap import MmStruct
 from softcvm.kernel.task import Process, Rlimits
 from softcvm.machine import Machine
-from softcvm.sim.steps import Task
+from softcvm.sim.steps import Task, Wait
 
 __all__ = ("Caught", "Thread")
 
@@ -115,9 +115,14 @@ class Caught:
 
     def _connect(self) -> None:
         if self.proc.mm.outside is None:
-            self.proc.mm.outside = RemoteMemory(self.pid)
+            self.proc.mm.outside = RemoteMemory(self.pid, self._share)
         self.proc.files.foreign = self._has_descriptor
         self.proc.signalled = self._signalled
+
+    def _share(self, first: int, last: int, write: bool) -> Wait:
+        from softcvm.attach.sharing import Sharing
+
+        return Sharing(self, first, last, write=write)
 
     def _has_descriptor(self, fd: int) -> bool:
         return os.path.lexists(f"/proc/{self.pid}/fd/{fd}")

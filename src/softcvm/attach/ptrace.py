@@ -25,6 +25,7 @@ __all__ = (
     "interrupt",
     "listen",
     "seize",
+    "send_signal",
     "set_registers",
     "step",
     "wait_any",
@@ -183,7 +184,12 @@ def step(tid: int) -> None:
             late.append(stop.signo)
         _ptrace(_SINGLESTEP, tid)
     for signo in late:
-        LIBC.syscall(_SYS_TKILL, tid, signo)
+        send_signal(tid, signo)
+
+
+def send_signal(tid: int, signo: int) -> None:
+    """tkill(2)"""
+    LIBC.syscall(_SYS_TKILL, tid, signo)
 
 
 _SYS_TKILL = 200

@@ -4,11 +4,14 @@ The answer to kernel.mm.mmap.UserMemory: what copy_from_user() and copy_to_user(
 """
 
 import ctypes
+from collections.abc import Callable
 from errno import EFAULT, ESRCH
 
 from softcvm.attach.kernel_abi import LIBC, Iovec
 from softcvm.kernel.mm.memory import SIGSEGV, BadAccess
+from softcvm.kernel.mm.mmap import MmStruct
 from softcvm.sim.addr import PAGE_MASK, PAGE_SIZE
+from softcvm.sim.steps import Wait
 
 __all__ = ("RemoteMemory",)
 
@@ -16,8 +19,9 @@ __all__ = ("RemoteMemory",)
 class RemoteMemory:
     """The address space of one process, by a thread's id."""
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, sharing: Callable[[int, int, bool], Wait]) -> None:
         self.pid = pid
+        self._sharing = sharing
         self._buffer = ctypes.create_string_buffer(PAGE_SIZE)
         self._ours, self._theirs = Iovec(), Iovec()
         self._ours.base = ctypes.addressof(self._buffer)
@@ -48,6 +52,10 @@ class RemoteMemory:
                 return found + piece[:end]
             found += piece
         return found
+
+    def share(self, mm: MmStruct, first: int, last: int, *, write: bool) -> Wait:
+        """Asked of whoever can stop the process."""
+        return self._sharing(first, last, write)
 
     def _room(self, length: int) -> None:
         if length > len(self._buffer):

@@ -19,32 +19,39 @@ from time import monotonic
 from softcvm.attach import ptrace
 from softcvm.attach.calls import CARRY_ON, HANDLERS, LATER
 from softcvm.attach.cpuid import answer_cpuid, patch_code, read_real_cpuid
+from softcvm.attach.dram_memory import DramMemory
 from softcvm.attach.driver import Driver
 from softcvm.attach.kernel_abi import Nr
 from softcvm.attach.listener import Listener, Notification
 from softcvm.attach.mappable import SharedPages, mappable
 from softcvm.attach.process import Caught, Thread
 from softcvm.attach.ptrace import PtraceEvent, Stop, ThreadGone
+from softcvm.attach.sharing import Sharing, forget_frames, private_again, share
 from softcvm.attach.start import Started, exec_error, start
-from softcvm.kernel.errors import KernelError
+from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.fs.file import FileKind
-from softcvm.kernel.mm.mmap import MAP_ANONYMOUS, PROT_EXEC
+from softcvm.kernel.mm.mmap import MAP_ANONYMOUS, MAP_FIXED, PROT_EXEC
 from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 from softcvm.machine import Machine
-from softcvm.sim.steps import Steps
+from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT
+from softcvm.sim.steps import Steps, Task, Wait
 
 __all__ = ("Supervisor",)
 
+_EMPTYING = (4, 8, 9)
+"""MADV_DONTNEED, MADV_FREE, MADV_REMOVE."""
 _GROUP_STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
 class Supervisor:
     """One program and its descendants on one machine."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, memory: DramMemory) -> None:
+        """memory: the backing of the machine's DRAM."""
         self.machine = machine
+        self._memory = memory
         machine.linux.mappable = mappable
-        self.driver = Driver(machine.linux.lockdep)
+        self.driver = Driver(machine.linux.lockdep, self._asked)
         self.processes: dict[int, Caught] = {}
         self._threads: dict[int, Thread] = {}
         self._early: set[int] = set()
@@ -52,10 +59,19 @@ class Supervisor:
         self._workers: dict[int, queue.SimpleQueue[Callable[[], None] | None]] = {}
         self._after: dict[int, Callable[[], None]] = {}
         """What to do when a thread has stopped at the end of a call."""
+        self._calls: dict[int, Notification] = {}
+        """Calls that were received and not answered, by thread."""
+        self._detached: set[int] = set()
+        """Threads whose call is answered as a notification and goes on here: they are stopped behind it."""
+        self._errands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        """What other threads want from the one that does ptrace."""
         self._failure: BaseException | None = None
         self._stand_in = os.open("/dev/null", 3)  # neither readable nor writable
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._executed = False
+        self._own_thread = threading.get_ident()
+        self._dram_fds: dict[int, int] = {}
+        """The descriptor of DRAM in the process of a detached thread."""
 
     def run(self, argv: Sequence[str]) -> int:
         """Run a program to its end; its wait status.  UnavailableError, ExecError, Unmodelled."""
@@ -81,6 +97,8 @@ class Supervisor:
                 if fd == self._wake_read:
                     os.read(self._wake_read, 4096)
                     status = self._reap(first)
+                    while not self._errands.empty():
+                        self._errands.get()()
                     if self._failure is not None:
                         raise self._failure
                     if status is not None:
@@ -100,10 +118,25 @@ class Supervisor:
             self._listener.carry_on(call.id)
             return
         thread.began = monotonic()
+        self._calls[call.tid] = call
         result = HANDLERS[call.nr](self, thread, call)
-        if result == CARRY_ON:
+        if result != LATER:
+            self._answer(call, result)
+
+    def _answer(self, call: Notification, result: int) -> None:
+        """End a call, in the thread that does ptrace or, while it is a notification, in any."""
+        self._calls.pop(call.tid, None)
+        if call.tid in self._detached:
+            self._detached.discard(call.tid)
+            with suppress(ThreadGone):
+                ptrace.inject(call.tid, Nr.CLOSE, self._dram_fds.pop(call.tid))
+                registers = ptrace.get_registers(call.tid)
+                registers.rax = result & (1 << 64) - 1
+                ptrace.set_registers(call.tid, registers)
+                ptrace.carry_on(call.tid)
+        elif result == CARRY_ON:
             self._listener.carry_on(call.id)
-        elif result != LATER:
+        else:
             self._listener.answer(call.id, result)
 
     # What handlers use
@@ -128,7 +161,11 @@ class Supervisor:
 
         def work() -> None:
             try:
-                self._listener.answer(call.id, self.model(thread, call, steps))
+                result = self.model(thread, call, steps)
+                if call.tid in self._detached:
+                    self._errand(lambda: self._answer(call, result))
+                else:
+                    self._answer(call, result)
             except BaseException as error:  # reported by the main loop
                 self._failure = error
                 self._wake()
@@ -154,10 +191,111 @@ class Supervisor:
         finally:
             os.close(readable)
 
-    def mapping_changes(self, thread: Thread, call: Notification) -> None:
-        """The program is about to unmap or replace memory, or to map code."""
+    def mapping_changes(self, thread: Thread, call: Notification) -> int:
+        """The program is about to unmap or replace memory, or to map code; the call's result or CARRY_ON."""
+        first, last = _replaced(call)
+        if first < last and thread.process.proc.mm.pages.held(first, last):
+            return self._memory_goes(thread, call, first, last)
         if call.nr == Nr.MMAP and call.args[2] & PROT_EXEC and not call.args[3] & MAP_ANONYMOUS:
             self._stop_after(thread, lambda: self._code_was_mapped(thread))
+        return CARRY_ON
+
+    def _memory_goes(self, thread: Thread, call: Notification, first: int, last: int) -> int:
+        """Shared pages that the program takes away, or wants to be empty."""
+        process = thread.process
+        if call.nr == Nr.MREMAP:
+            raise Unmodelled("mremap() of memory that is a guest's")
+        forget_frames(process, first, last)
+        held = process.proc.mm.pages.held(first, last)
+        self.driver.run(process.proc.mm.forget(first, last), thread)
+        if call.nr != Nr.MADVISE:
+            return CARRY_ON
+        self._detach(thread, call)
+        for lo, hi, _ in held:
+            private_again(thread, call.tid, lo, hi)
+        return 0
+
+    def _asked(self, waits: Wait, task: Task) -> None:
+        """A task sleeps: for memory of its program, if it is us who must get it."""
+        if not isinstance(waits, Sharing) or not isinstance(task, Thread):
+            return
+        if threading.get_ident() == self._own_thread:
+            self._share(waits, task)
+        else:
+            self._errand(lambda: self._share_for(waits, task))
+
+    def _share_for(self, waits: Sharing, task: Thread) -> None:
+        with self.driver.alone():
+            self._share(waits, task)
+
+    def _share(self, waits: Sharing, task: Thread) -> None:
+        """Stop the process, replace its memory, and let all but the asking thread go on."""
+        call = self._calls[task.tid]
+        try:
+            self._detach(task, call)
+            stopped = [
+                tid
+                for tid in task.process.threads
+                if tid != task.tid and tid not in self._calls and self._stop(tid)
+            ]
+            fd = self._dram_fds[task.tid]
+            try:
+                share(waits, task.tid, fd)
+            finally:
+                for tid in stopped:
+                    with suppress(ThreadGone):
+                        ptrace.carry_on(tid)
+        except ThreadGone:
+            pass  # the process is being killed: nobody will look at what it asked for
+        waits.done = True
+
+    def _detach(self, thread: Thread, call: Notification) -> None:
+        """Have the thread stand stopped behind its call, whose result is written into its registers later."""
+        if call.tid in self._detached:
+            return
+        self._dram_fds[call.tid] = self._listener.add_any_fd(
+            call.id, self._memory.fd, cloexec=True
+        )
+        ptrace.interrupt(call.tid)
+        self._listener.answer(call.id, 0)
+        if not self._wait_stopped(call.tid):
+            raise ThreadGone(call.tid)
+        self._detached.add(call.tid)
+
+    def _stop(self, tid: int) -> bool:
+        try:
+            ptrace.interrupt(tid)
+        except ThreadGone:
+            return False
+        return self._wait_stopped(tid)
+
+    def _wait_stopped(self, tid: int) -> bool:
+        """Until the thread has stopped as it was told to; signals that come first are sent again."""
+        late: list[int] = []
+        try:
+            while True:
+                stop = ptrace.wait_thread(tid)
+                if stop.ended:
+                    self._thread_ended(tid)
+                    return False
+                if stop.event == PtraceEvent.STOP:
+                    break
+                if stop.event:
+                    self._stopped(stop)
+                elif stop.signo == signal.SIGTRAP and self._trapped(tid):
+                    ptrace.carry_on(tid)
+                else:
+                    late.append(stop.signo)
+                    ptrace.carry_on(tid)
+        except ThreadGone:
+            return False
+        for signo in late:
+            ptrace.send_signal(tid, signo)
+        return True
+
+    def _errand(self, act: Callable[[], None]) -> None:
+        self._errands.put(act)
+        self._wake()
 
     def _stop_after(self, thread: Thread, act: Callable[[], None]) -> None:
         """Stop a thread at the end of the call that it is allowed to make now."""
@@ -300,6 +438,9 @@ class Supervisor:
 
     def _forget(self, tid: int) -> None:
         self._after.pop(tid, None)
+        self._calls.pop(tid, None)
+        self._detached.discard(tid)
+        self._dram_fds.pop(tid, None)
         thread = self._threads.pop(tid, None)
         if thread is not None:
             thread.process.threads.pop(tid, None)
@@ -318,6 +459,17 @@ class Supervisor:
 
     def _wake(self) -> None:
         os.write(self._wake_write, b"!")
+
+
+def _replaced(call: Notification) -> tuple[int, int]:
+    """Pages whose contents the call takes away."""
+    addr, length = call.args[:2]
+    takes = call.nr in (Nr.MUNMAP, Nr.MREMAP)
+    takes |= call.nr == Nr.MMAP and bool(call.args[3] & MAP_FIXED)
+    takes |= call.nr == Nr.MADVISE and call.args[2] in _EMPTYING
+    if not takes:
+        return 0, 0
+    return addr >> PAGE_SHIFT, (addr + length + PAGE_MASK) >> PAGE_SHIFT
 
 
 def _work(jobs: "queue.SimpleQueue[Callable[[], None] | None]") -> None:

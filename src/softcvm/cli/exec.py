@@ -10,6 +10,7 @@ from softcvm.cli.errors import UsageError
 from softcvm.cli.sizes import parse_size
 
 if TYPE_CHECKING:
+    from softcvm.attach.dram_memory import DramMemory
     from softcvm.machine import Machine
 
 __all__ = ("DESCRIPTION", "EXAMPLES", "add_arguments", "run")
@@ -54,16 +55,18 @@ def run(args: argparse.Namespace) -> int:
     argv = args.program[1:] if args.program[:1] == ["--"] else args.program
     if not argv:
         raise UsageError("a program to run is needed: softcvm exec -- PROGRAM [ARG ...]")
-    machine = _machine(args)
+    from softcvm.attach.dram_memory import DramMemory
     from softcvm.attach.kernel_abi import UnavailableError
     from softcvm.attach.start import ExecError
     from softcvm.attach.supervisor import Supervisor
     from softcvm.cli.recording import traced
     from softcvm.sim.errors import Unmodelled
 
+    memory = DramMemory(args.memory)
+    machine = _machine(args, memory)
     try:
         with traced(machine, args.trace):
-            status = Supervisor(machine).run(argv)
+            status = Supervisor(machine, memory).run(argv)
     except UnavailableError as error:
         return _give_up(str(error), _STATUS_OURS)
     except ExecError as error:
@@ -81,10 +84,10 @@ def _give_up(text: str, status: int) -> int:
     return status
 
 
-def _machine(args: argparse.Namespace) -> "Machine":
+def _machine(args: argparse.Namespace, memory: "DramMemory") -> "Machine":
     from softcvm.machine import Machine
 
     try:
-        return Machine(args.kernel, args.machine, args.memory)
+        return Machine(args.kernel, args.machine, args.memory, backing=memory)
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -6,7 +6,7 @@ wrote is raw zeroes.  Who may look or write is the RMP's business (access.py), n
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from softcvm.hw.counters import HwCounters
 from softcvm.hw.memenc import Key
@@ -28,7 +28,7 @@ class Frame(NamedTuple):
 class Dram(State):
     """Memory of pfn 0 .. pages-1.  Addresses in bytes; an access outside raises ValueError."""
 
-    saved = ("pages", "_frames")
+    saved: ClassVar[tuple[str, ...]] = ("pages", "_frames")
     derived = {"counters": "statistics"}
 
     def __init__(self, pages: int, counters: HwCounters) -> None:

@@ -8,6 +8,7 @@ from softcvm.hw.access import check_host_write
 from softcvm.hw.caches import Caches
 from softcvm.hw.counters import HwCounters
 from softcvm.hw.dram import Dram
+from softcvm.hw.dram_mapped import Backing, MappedDram
 from softcvm.hw.memenc import Key
 from softcvm.hw.profile import CpuProfile
 from softcvm.hw.psp.platform import Psp
@@ -26,7 +27,8 @@ class Soc(State):
     """One socket with its DRAM.
 
     memory_pages: DRAM is pfn 0 .. memory_pages-1.  seed: where all key material comes from; two machines
-    with one seed are equal, and nothing else is random.
+    with one seed are equal, and nothing else is random.  backing: where DRAM's bytes lie, if they are to be
+    used by others than this model (dram_mapped.py).
     """
 
     saved = (
@@ -54,6 +56,7 @@ class Soc(State):
         seed: int = 0,
         choices: Choices | None = None,
         tp: Tracepoints | None = None,
+        backing: Backing | None = None,
     ) -> None:
         if not 0 < memory_pages <= 1 << (profile.phys_bits - PAGE_SHIFT):
             raise ValueError(
@@ -67,7 +70,11 @@ class Soc(State):
         self.choices: Choices = choices if choices is not None else Ordinary()
         self.tp = tp if tp is not None else Tracepoints()
         self.counters = HwCounters()
-        self.dram = Dram(memory_pages, self.counters)
+        self.dram = (
+            Dram(memory_pages, self.counters)
+            if backing is None
+            else MappedDram(memory_pages, self.counters, backing)
+        )
         self.keys: dict[int, Key] = {}
         self.caches = Caches(profile.cpus, self.counters)
         self.rmp = Rmp(memory_pages, self.tp, self.counters)

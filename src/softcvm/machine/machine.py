@@ -14,6 +14,7 @@ from softcvm.abi.insn import Program
 from softcvm.abi.rmp import RMPTABLE_CPU_BOOKKEEPING_SZ
 from softcvm.hw.cpu.core import Core
 from softcvm.hw.cpu.scripted import ScriptedCore
+from softcvm.hw.dram_mapped import Backing
 from softcvm.hw.profile import PROFILES
 from softcvm.hw.rmp import Rmp
 from softcvm.hw.soc import Soc
@@ -47,7 +48,7 @@ class Machine(State):
     memory: bytes of DRAM.  seed: where all keys come from.  guest: what the vCPUs of the first
     VMs run, see vm_guest().  gmem_max_order, gmem_link, gmem_in_place: what was proposed for
     guest_memfd and is in no release (kernel/profile.py).  Raises ValueError for a processor, kernel or memory size that
-    there is none of.
+    there is none of.  backing: where DRAM's bytes lie (hw/dram_mapped.py); such a machine has no snapshot.
     """
 
     saved = ("soc", "linux")
@@ -66,6 +67,7 @@ class Machine(State):
         guest: ProgramFactory | None = None,
         choices: Choices | None = None,
         collector: Callable[[tuple[object, ...]], None] | None = None,
+        backing: Backing | None = None,
     ) -> None:
         if cpu not in PROFILES:
             raise ValueError(f"no processor {cpu!r}; there are {', '.join(PROFILES)}")
@@ -77,7 +79,9 @@ class Machine(State):
         )
         if memory <= 0 or memory % (PTRS_PER_PMD << PAGE_SHIFT):
             raise ValueError(f"memory of {memory:#x} bytes is not a multiple of 2M")
-        self.soc = Soc(PROFILES[cpu], memory >> PAGE_SHIFT, seed, choices, Tracepoints())
+        self.soc = Soc(
+            PROFILES[cpu], memory >> PAGE_SHIFT, seed, choices, Tracepoints(), backing
+        )
         if collector is not None:
             self.soc.tp.attach(collector)
         self.linux = Linux(self.soc, profile)

@@ -13,9 +13,9 @@ from errno import EFAULT, ENOMEM
 from typing import NamedTuple
 
 from softcvm.kernel.errors import KernelError, Unmodelled
-from softcvm.kernel.mm.mmap import PROT_READ, PROT_WRITE, MmStruct, Vma, VmOps
+from softcvm.kernel.mm.mmap import PROT_READ, PROT_WRITE, MmStruct, UserMemory, Vma, VmOps
 from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, Pfn
-from softcvm.sim.steps import Steps
+from softcvm.sim.steps import Point, Steps
 
 __all__ = ("SIGBUS", "SIGSEGV", "BadAccess", "UserPageFault", "get_user_pages", "load", "store")
 
@@ -107,7 +107,7 @@ def get_user_pages(
     A mapping of kernel memory (kvm_run) has no frames to give and is EFAULT too.
     """
     if mm.outside is not None:
-        raise Unmodelled("memory of a caught program that is the guest's too")
+        return (yield from _outside_pages(mm, mm.outside, addr, npages, write=write))
     found: list[tuple[Pfn, int]] = []
     prot = PROT_WRITE if write else PROT_READ
     try:
@@ -122,6 +122,24 @@ def get_user_pages(
                 found.append((Pfn(lo + delta), hi - lo))
     except BadAccess as bad:
         raise KernelError(EFAULT, f"user memory at {bad}") from bad
+    return found
+
+
+def _outside_pages(
+    mm: MmStruct, outside: UserMemory, addr: int, npages: int, *, write: bool
+) -> Steps[list[tuple[Pfn, int]]]:
+    """get_user_pages() of memory outside the model, which becomes the model's by that."""
+    first = addr >> PAGE_SHIFT
+    last = first + npages
+    if any(delta is None for _, _, delta in mm.pages.runs(first, last)):
+        waits = outside.share(mm, first, last, write=write)
+        while waits.busy:
+            yield Point(waits.name, waits)
+    found: list[tuple[Pfn, int]] = []
+    for lo, hi, delta in mm.pages.runs(first, last):
+        if delta is None:
+            raise KernelError(EFAULT, f"user memory at {lo << PAGE_SHIFT:#x}")
+        found.append((Pfn(lo + delta), hi - lo))
     return found
 
 

@@ -17,7 +17,7 @@ from softcvm.kernel.locks import Rank
 from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PTRS_PER_PMD, Hva, Pfn
 from softcvm.sim.rangemap import RangeMap
 from softcvm.sim.state import State
-from softcvm.sim.steps import RwSem, Steps, preempt
+from softcvm.sim.steps import RwSem, Steps, Wait, preempt
 
 if TYPE_CHECKING:
     from softcvm.kernel.host import Linux
@@ -63,6 +63,11 @@ class UserMemory(Protocol):
 
     def write(self, addr: int, data: bytes) -> None:
         """BadAccess, when the bytes before the bad one are written."""
+        ...
+
+    def share(self, mm: "MmStruct", first: int, last: int, *, write: bool) -> Wait:
+        """Have pages [first, last) become DRAM of this machine; once that is over they are in mm.pages, if
+        they can be."""
         ...
 
 
@@ -273,9 +278,20 @@ class MmStruct(State):
         """The last thread is gone: tell the notifiers, then unmap everything."""
         for notifier in list(self.notifiers):
             yield from notifier.mm_release()
+        if self.outside is not None:
+            yield from self.forget(0, self.pages.limit)
         if self.vmas:
             first, last = self.vmas[0].start, self.vmas[-1].end
             yield from self.munmap(Hva(first << PAGE_SHIFT), (last - first) << PAGE_SHIFT)
+
+    def forget(self, first: int, last: int) -> Steps[None]:
+        """Pages of outside memory that the process takes away: notifiers hear of it, frames are freed."""
+        yield from self.mmap_lock.acquire_write()
+        try:
+            if self.pages.held(first, last):
+                yield from self._zap(first, last, owned=True)
+        finally:
+            self.mmap_lock.release_write()
 
     def zap_file_pages(self, vma: Vma, start: int, end: int) -> Steps[None]:
         """unmap_mapping_range(): drop the entries of file pages [start, end) in one mapping of
