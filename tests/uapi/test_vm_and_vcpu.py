@@ -9,7 +9,7 @@ from softcvm import Machine
 from softcvm.abi.kvm import _generated_kvm as k
 from softcvm.abi.kvm.memory import VmType
 from softcvm.abi.kvm.run import KvmExit, KvmRun
-from softcvm.abi.kvm.vcpu import KvmRegs, KvmSregs
+from softcvm.abi.kvm.vcpu import KvmEnableCap, KvmRegs, KvmSregs
 from softcvm.kernel.errors import Unmodelled
 from softcvm.kernel.task import Rlimits
 from tests.uapi.calls import MIB, PAGE, VmCalls, anon, errno_of
@@ -179,3 +179,37 @@ def test_an_ap_with_an_in_kernel_irqchip_waits() -> None:
     assert state[0] == 1  # UNINITIALIZED
     page = calls.sys.mmap(PAGE, 3, 1, ap)
     assert calls.sys.load(page + KvmRun.exit_reason.offset, 1)[0] == KvmExit.UNKNOWN
+
+
+def test_the_tsc_runs_at_the_hosts_frequency_until_user_space_says_otherwise() -> None:
+    machine, calls = start(kernel="6.12")
+    sys, vm = calls.sys, calls.fd
+    host = sys.ioctl(vm, k.KVM_GET_TSC_KHZ)
+    assert host == machine.soc.profile.tsc_khz
+    assert errno_of(lambda: sys.ioctl(vm, k.KVM_SET_TSC_KHZ, 256 * host)) == "EINVAL"
+    sys.ioctl(vm, k.KVM_SET_TSC_KHZ, 1_000_000)
+    vcpu = sys.ioctl(vm, k.KVM_CREATE_VCPU, 0)
+    assert sys.ioctl(vcpu, k.KVM_GET_TSC_KHZ) == 1_000_000
+    sys.ioctl(vcpu, k.KVM_SET_TSC_KHZ, 0)
+    assert sys.ioctl(vcpu, k.KVM_GET_TSC_KHZ) == host
+
+
+def test_the_limit_of_vcpu_ids_is_set_once() -> None:
+    _, calls = start(kernel="6.12")
+    sys, vm = calls.sys, calls.fd
+
+    def limit(ids: int) -> str:
+        cap = KvmEnableCap(cap=k.KVM_CAP_MAX_VCPU_ID, arg0=ids)
+        return errno_of(lambda: sys.ioctl(vm, k.KVM_ENABLE_CAP, cap.data))
+
+    assert [limit(ids) for ids in (4097, 3, 4, 3)] == ["EINVAL", "0", "EINVAL", "0"]
+    assert errno_of(lambda: sys.ioctl(vm, k.KVM_CREATE_VCPU, 3)) == "EINVAL"
+    sys.ioctl(vm, k.KVM_CREATE_VCPU, 2)
+
+
+def test_fewer_mmu_pages_than_kvm_needs_are_refused() -> None:
+    _, calls = start(kernel="6.12")
+    sys, vm = calls.sys, calls.fd
+    assert errno_of(lambda: sys.ioctl(vm, k.KVM_SET_NR_MMU_PAGES, 63)) == "EINVAL"
+    assert errno_of(lambda: sys.ioctl(vm, k.KVM_SET_NR_MMU_PAGES, 64)) == "0"
+    assert errno_of(lambda: sys.ioctl(vm, k.KVM_GET_NR_MMU_PAGES)) == "ENOTTY"

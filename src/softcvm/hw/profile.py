@@ -47,6 +47,8 @@ class CpuProfile:
     """Guest policy bits that this firmware knows; another bit is POLICY_FAILURE."""
     tcb: tuple[int, int, int, int]
     """Security versions of boot loader, TEE, SNP firmware and microcode.  [ABI-56860 TCB_VERSION]"""
+    tsc_khz: int
+    """Frequency of the TSC, the processor's base frequency."""
     smt: bool = True
     """Two threads per core are on; a guest policy may refuse that."""
     alias_check: bool = True
@@ -88,6 +90,7 @@ MILAN = CpuProfile(
     build=22,
     policy_valid=0x1F_FFFF,
     tcb=(4, 0, 22, 213),
+    tsc_khz=2_450_000,
 )
 
 GENOA = CpuProfile(
@@ -113,6 +116,7 @@ GENOA = CpuProfile(
     build=38,
     policy_valid=0x1F_FFFF,
     tcb=(9, 0, 23, 72),
+    tsc_khz=2_400_000,
 )
 
 PROFILES = {profile.name: profile for profile in (MILAN, GENOA)}

@@ -25,6 +25,7 @@ from softcvm.abi.layout import Layout
 from softcvm.kernel.arch.x86.kvm import regs
 from softcvm.kernel.arch.x86.kvm.lapic import kvm_apic_accept_events
 from softcvm.kernel.arch.x86.kvm.mmu.mmu import kvm_arch_vcpu_pre_fault_memory
+from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_tsc_khz
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_arch_vcpu_ioctl_run
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
@@ -77,8 +78,6 @@ _UNMODELLED = frozenset(
         k.KVM_GET_XSAVE,
         k.KVM_SET_XSAVE,
         k.KVM_GET_XSAVE2,
-        k.KVM_SET_TSC_KHZ,
-        k.KVM_GET_TSC_KHZ,
         k.KVM_KVMCLOCK_CTRL,
         k.KVM_ENABLE_CAP,
         k.KVM_GET_NESTED_STATE,
@@ -130,6 +129,11 @@ def _locked(
                 yield from kvm_arch_vcpu_pre_fault_memory(vcpu, proc, range_)
             finally:
                 yield from argp.write(range_.data)
+            return 0
+        case k.KVM_GET_TSC_KHZ:
+            return vcpu.arch.virtual_tsc_khz
+        case k.KVM_SET_TSC_KHZ:
+            kvm_set_tsc_khz(vcpu, arg)
             return 0
         case k.KVM_SET_CPUID2:
             regs.set_cpuid2(vcpu, (yield from _cpuid_entries(argp)))

@@ -26,6 +26,7 @@ from softcvm.kernel.arch.x86.kvm.caps import (
     kvm_vm_ioctl_check_extension,
     kvm_vm_ioctl_enable_cap,
 )
+from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_default_tsc_khz
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
 from softcvm.kernel.virt.kvm.dirty_log import (
@@ -61,8 +62,6 @@ _UNMODELLED = frozenset(
         k.KVM_GET_STATS_FD,
         k.KVM_SET_TSS_ADDR,
         k.KVM_SET_IDENTITY_MAP_ADDR,
-        k.KVM_SET_NR_MMU_PAGES,
-        k.KVM_GET_NR_MMU_PAGES,
         k.KVM_CREATE_PIT,
         k.KVM_CREATE_PIT2,
         k.KVM_GET_IRQCHIP,
@@ -79,8 +78,6 @@ _UNMODELLED = frozenset(
         k.KVM_XEN_HVM_EVTCHN_SEND,
         k.KVM_SET_CLOCK,
         k.KVM_GET_CLOCK,
-        k.KVM_SET_TSC_KHZ,
-        k.KVM_GET_TSC_KHZ,
         k.KVM_HYPERV_EVENTFD,
         k.KVM_SET_PMU_EVENT_FILTER,
         k.KVM_X86_SET_MSR_FILTER,
@@ -89,6 +86,7 @@ _UNMODELLED = frozenset(
         k.KVM_HAS_DEVICE_ATTR,
     }
 )
+_MIN_ALLOC_MMU_PAGES = 64
 _V1_FLAGS = int(MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY)
 
 
@@ -148,6 +146,12 @@ def kvm_vm_ioctl(
             )
         case k.KVM_CREATE_IRQCHIP:
             yield from _create_irqchip(kvm)
+        case k.KVM_GET_TSC_KHZ:
+            return kvm.arch.default_tsc_khz
+        case k.KVM_SET_TSC_KHZ:
+            kvm_set_default_tsc_khz(kvm, arg)
+        case k.KVM_SET_NR_MMU_PAGES:
+            yield from _set_nr_mmu_pages(kvm, arg)
         case _ if request in _UNMODELLED:
             raise Unmodelled(f"{IOCTL_NAMES[request]} on a VM")
         case _:
@@ -168,6 +172,15 @@ def _set_user_memory_region(
     if request == k.KVM_SET_USER_MEMORY_REGION and mem.flags & ~_V1_FLAGS:
         raise KernelError(EINVAL, f"flags {mem.flags:#x} in KVM_SET_USER_MEMORY_REGION")
     yield from kvm_vm_ioctl_set_memory_region(kvm, proc, mem)
+
+
+def _set_nr_mmu_pages(kvm: Kvm, pages: int) -> Steps[None]:
+    """kvm_vm_ioctl_set_nr_mmu_pages().  EINVAL: fewer than KVM_MIN_ALLOC_MMU_PAGES."""
+    if pages & (1 << 32) - 1 < _MIN_ALLOC_MMU_PAGES:
+        raise KernelError(EINVAL, f"{pages} MMU pages")
+    yield from kvm.slots_lock.acquire()
+    kvm.arch.n_requested_mmu_pages = pages & (1 << 32) - 1
+    kvm.slots_lock.release()
 
 
 def _create_irqchip(kvm: Kvm) -> Steps[None]:

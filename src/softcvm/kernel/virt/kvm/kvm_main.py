@@ -72,14 +72,23 @@ class KvmArch(State):
         "pre_fault_allowed",
         "hypercall_exit_enabled",
         "disabled_quirks",
+        "default_tsc_khz",
+        "max_vcpu_ids",
+        "n_requested_mmu_pages",
         "irqchip",
         "irqchip_split",
         "npt",
         "sev",
     )
 
-    def __init__(self, vm_type: VmType) -> None:
+    def __init__(self, vm_type: VmType, tsc_khz: int) -> None:
         self.vm_type = vm_type
+        self.default_tsc_khz = tsc_khz
+        """Of vCPUs that are created from now on.  # stored, no effect"""
+        self.max_vcpu_ids = 0
+        """KVM_CAP_MAX_VCPU_ID; 0 while user space has set no limit."""
+        self.n_requested_mmu_pages = 0
+        """KVM_SET_NR_MMU_PAGES.  # stored, no effect: that is of shadow paging"""
         self.has_private_mem = vm_type is VmType.SW_PROTECTED
         self.has_protected_state = False
         self.pre_fault_allowed = vm_type in (VmType.DEFAULT, VmType.SW_PROTECTED)
@@ -156,7 +165,7 @@ class Kvm(State):
         """Bytes of each vCPU's dirty ring; 0: memslots have bitmaps."""
         self.vm_bugged = False
         self.vm_dead = False
-        self.arch = KvmArch(vm_type)
+        self.arch = KvmArch(vm_type, linux.soc.profile.tsc_khz)
         self.notifier = KvmMmuNotifier(self)
 
     def get(self) -> "Kvm":
@@ -271,7 +280,9 @@ class KvmVcpu(State):
         self.pio_data = shared[PAGE_SIZE : 2 * PAGE_SIZE]
         self.dirty_ring = KvmDirtyRing(kvm.dirty_ring_size) if kvm.dirty_ring_size else None
         self.proc: Process | None = None
-        self.arch = VcpuArch(bsp=vcpu_id == 0, irqchip=kvm.arch.irqchip)
+        self.arch = VcpuArch(
+            bsp=vcpu_id == 0, irqchip=kvm.arch.irqchip, tsc_khz=kvm.arch.default_tsc_khz
+        )
 
 
 def kvm_supported_vm_types(linux: Linux) -> int:
@@ -352,6 +363,9 @@ def kvm_create_vcpu(kvm: Kvm, proc: "Process", vcpu_id: int) -> Steps[int]:
     try:
         if kvm.created_vcpus >= KVM_MAX_VCPUS:
             raise KernelError(EINVAL, f"{kvm.created_vcpus} vCPUs exist")
+        kvm.arch.max_vcpu_ids = kvm.arch.max_vcpu_ids or KVM_MAX_VCPU_IDS
+        if vcpu_id >= kvm.arch.max_vcpu_ids:
+            raise KernelError(EINVAL, f"vCPU id {vcpu_id:#x} of {kvm.arch.max_vcpu_ids:#x}")
         kvm.ops.vcpu_precreate(kvm)
         kvm.created_vcpus += 1
     finally:

@@ -129,20 +129,20 @@ _CONSTANT = {
     k.KVM_CAP_DIRTY_LOG_RING: KVM_DIRTY_RING_MAX_ENTRIES * KvmDirtyGfn.SIZE,
     k.KVM_CAP_DIRTY_LOG_RING_ACQ_REL: KVM_DIRTY_RING_MAX_ENTRIES * KvmDirtyGfn.SIZE,
     k.KVM_CAP_SET_GUEST_DEBUG2: 0x1F0003,
+    k.KVM_CAP_ADJUST_CLOCK: 0xE,  # KVM_CLOCK_VALID_FLAGS
+    k.KVM_CAP_X86_APIC_BUS_CYCLES_NS: 1,  # APIC_BUS_CYCLE_NS_DEFAULT
+    k.KVM_CAP_TSC_CONTROL: 1,  # TscRateMsr
+    k.KVM_CAP_VM_TSC_CONTROL: 1,
+    k.KVM_CAP_STEAL_TIME: 1,  # CONFIG_SCHED_INFO
+    k.KVM_CAP_X86_BUS_LOCK_EXIT: 0,  # not of AMD's processors before bus lock threshold
+    k.KVM_CAP_PMU_CAPABILITY: 0,  # kvm.enable_pmu=N
+    k.KVM_CAP_X86_SMM: 0,  # a kernel without CONFIG_KVM_SMM
+    k.KVM_CAP_XEN_HVM: 0,  # nor CONFIG_KVM_XEN
+    k.KVM_CAP_X86_DISABLE_EXITS: 0xF,  # MWAIT, HLT, PAUSE, CSTATE
 }
 _HOST_DECIDES = frozenset(
     {
-        k.KVM_CAP_ADJUST_CLOCK,
         k.KVM_CAP_NESTED_STATE,
-        k.KVM_CAP_PMU_CAPABILITY,
-        k.KVM_CAP_STEAL_TIME,
-        k.KVM_CAP_TSC_CONTROL,
-        k.KVM_CAP_VM_TSC_CONTROL,
-        k.KVM_CAP_X86_APIC_BUS_CYCLES_NS,
-        k.KVM_CAP_X86_BUS_LOCK_EXIT,
-        k.KVM_CAP_X86_DISABLE_EXITS,
-        k.KVM_CAP_X86_SMM,
-        k.KVM_CAP_XEN_HVM,
     }
 )
 _QUIRKS = sum(
@@ -222,6 +222,8 @@ def kvm_vm_ioctl_enable_cap(kvm: "Kvm", proc: "Process", cap: KvmEnableCap) -> S
             if cap.arg0 & ~allowed:
                 raise KernelError(EINVAL, f"dirty log options {cap.arg0:#x}")
             kvm.manual_dirty_log_protect = cap.arg0
+        case k.KVM_CAP_MAX_VCPU_ID:
+            yield from _max_vcpu_id(kvm, cap.arg0)
         case k.KVM_CAP_SPLIT_IRQCHIP:
             yield from _split_irqchip(kvm, cap.arg0)
         case k.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM:
@@ -241,6 +243,19 @@ def _x2apic_api(linux: "Linux", kvm: "Kvm | None") -> int:
     if not linux.profile.x2apic_suppress_eoi:
         return 3
     return 15 if kvm is None or kvm.arch.irqchip_split else 11
+
+
+def _max_vcpu_id(kvm: "Kvm", limit: int) -> Steps[None]:
+    """Set once, or to the same again.  EINVAL."""
+    if limit > KVM_MAX_VCPU_IDS:
+        raise KernelError(EINVAL, f"vCPU ids up to {limit}")
+    yield from kvm.lock.acquire()
+    try:
+        if kvm.arch.max_vcpu_ids not in (0, limit):
+            raise KernelError(EINVAL, f"vCPU ids are limited to {kvm.arch.max_vcpu_ids}")
+        kvm.arch.max_vcpu_ids = limit
+    finally:
+        kvm.lock.release()
 
 
 def _split_irqchip(kvm: "Kvm", pins: int) -> Steps[None]:

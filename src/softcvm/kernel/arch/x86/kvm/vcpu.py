@@ -85,6 +85,7 @@ class VcpuArch(State):
         "msrs",
         "cpuid_entries",
         "mp_state",
+        "virtual_tsc_khz",
         "guest_state_protected",
         "has_run",
         "completes",
@@ -101,7 +102,8 @@ class VcpuArch(State):
 
     svm: "VcpuSvm"
 
-    def __init__(self, *, bsp: bool, irqchip: bool) -> None:
+    def __init__(self, *, bsp: bool, irqchip: bool, tsc_khz: int) -> None:
+        self.virtual_tsc_khz = tsc_khz
         self.regs = KvmRegs(rdx=0x600, rip=0xFFF0, rflags=2)
         self.sregs = reset_sregs()
         self.sregs.apic_base = 0xFEE0_0800 | (0x100 if bsp else 0)

@@ -1,0 +1,37 @@
+"""The frequency of a guest's TSC, as user space asks and sets it (arch/x86/kvm/x86.c, v6.12).
+
+No clock runs here: the frequency is kept and told, and nothing follows from it.
+"""
+
+from errno import EINVAL
+from typing import TYPE_CHECKING
+
+from softcvm.kernel.errors import KernelError
+
+if TYPE_CHECKING:
+    from softcvm.kernel.host import Linux
+    from softcvm.kernel.virt.kvm.kvm_main import Kvm, KvmVcpu
+
+__all__ = ("kvm_set_default_tsc_khz", "kvm_set_tsc_khz")
+
+_RATIO_MAX, _RATIO_FRAC_BITS = 0xFF_FFFF_FFFF, 32  # SVM_TSC_RATIO_MAX and TscRateMsr's fraction
+_U32 = (1 << 32) - 1
+
+
+def _checked(linux: "Linux", khz: int) -> int:
+    """EINVAL: more than the processor can scale to.  0 stands for the host's own."""
+    khz &= _U32
+    host = linux.soc.profile.tsc_khz
+    if khz >= min(0x7FFF_FFFF, _RATIO_MAX * host >> _RATIO_FRAC_BITS):
+        raise KernelError(EINVAL, f"TSC of {khz} kHz")
+    return khz or host
+
+
+def kvm_set_default_tsc_khz(kvm: "Kvm", khz: int) -> None:
+    """KVM_SET_TSC_KHZ on a VM: for vCPUs created from now on."""
+    kvm.arch.default_tsc_khz = _checked(kvm.linux, khz)
+
+
+def kvm_set_tsc_khz(vcpu: "KvmVcpu", khz: int) -> None:
+    """KVM_SET_TSC_KHZ on a vCPU."""
+    vcpu.arch.virtual_tsc_khz = _checked(vcpu.kvm.linux, khz)
