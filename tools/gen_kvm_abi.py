@@ -51,6 +51,10 @@ _STRUCTS = {
     "kvm_fpu": "fpr fcw fsw ftwx pad1 last_opcode last_ip last_dp xmm mxcsr pad2",
     "kvm_debugregs": "db dr6 dr7 flags reserved",
     "kvm_xcrs": "nr_xcrs flags xcrs padding",
+    "kvm_vcpu_events": "exception.injected exception.nr exception.has_error_code exception.pending "
+    "exception.error_code interrupt.injected interrupt.nr interrupt.soft interrupt.shadow nmi.injected "
+    "nmi.pending nmi.masked sipi_vector flags smi.smm smi.pending smi.smm_inside_nmi smi.latched_init "
+    "triple_fault.pending reserved exception_has_payload exception_payload",
     "kvm_xcr": "xcr reserved value",
     "kvm_cpuid_entry2": "function index flags eax ebx ecx edx padding",
     "kvm_msr_entry": "index reserved data",

@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
 
 from softcvm.attach.filter import FD_BASE
@@ -15,7 +16,7 @@ from softcvm.attach.remote_memory import RemoteMemory
 from softcvm.hw.cpu.cpuid import CpuidResult
 from softcvm.kernel.fs.file import FilesStruct
 from softcvm.kernel.mm.mmap import MmStruct
-from softcvm.kernel.task import Process, Rlimits
+from softcvm.kernel.task import Process
 from softcvm.machine import Machine
 from softcvm.sim.steps import Task, Wait
 
@@ -53,7 +54,8 @@ class Thread(Task):
                         masks[name] = int(value, 16)
         except OSError:
             return 1 << signal.SIGKILL - 1  # it is gone
-        return (masks["SigPnd"] | masks["ShdPnd"]) & ~masks["SigBlk"] & ~masks["SigIgn"]
+        blocked = masks["SigBlk"] if self.sigmask is None else self.sigmask
+        return (masks["SigPnd"] | masks["ShdPnd"]) & ~blocked & ~masks["SigIgn"]
 
 
 class Caught:
@@ -105,7 +107,7 @@ class Caught:
         soft, _ = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
         if soft != self.proc.rlimits.nofile:
             limits = self.proc.rlimits
-            self.proc.rlimits = Rlimits(soft, limits.memlock, limits.cap_ipc_lock)
+            self.proc.rlimits = replace(limits, nofile=soft)
 
     @property
     def memory(self) -> RemoteMemory:

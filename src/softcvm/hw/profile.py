@@ -55,6 +55,17 @@ class CpuProfile:
     """Firmware looks for DRAM aliases at init: from 1.55.22 on Milan, 1.55.38 on Genoa (CVE-2024-21944)."""
 
     @property
+    def microcode(self) -> int:
+        """Patch level, MSR 0x8B: family, model and stepping, then the number in the TCB."""
+        return (
+            (self.family - 15) << 24
+            | (self.model >> 4) << 20
+            | (self.model & 15) << 12
+            | self.stepping << 8
+            | self.tcb[3]
+        )
+
+    @property
     def signature(self) -> int:
         """CPUID 1 EAX.  [APM3-24594 appendix E]"""
         family = min(self.family, 15)

@@ -22,11 +22,12 @@ __all__ = ("Process", "Rlimits")
 
 @dataclass(frozen=True, slots=True)
 class Rlimits:
-    """getrlimit(2), soft limits; the defaults are those of a Debian login shell run by root."""
+    """getrlimit(2), soft limits; and capabilities; the defaults are those of a Debian login shell run by root."""
 
     nofile: int = 1024
     memlock: int = 8 << 20
     cap_ipc_lock: bool = True
+    cap_sys_boot: bool = True
 
 
 class Process(State):

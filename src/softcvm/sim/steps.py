@@ -48,10 +48,12 @@ class LockOrder(RuntimeError):
 class Task:
     """One flow of control: a thread in a system call, or a vCPU inside KVM_RUN."""
 
-    __slots__ = ("held", "name")
+    __slots__ = ("held", "name", "sigmask")
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.sigmask: int | None = None
+        """Signals that are blocked while a system call has set a mask of its own; None: the task's."""
         self.held: list[Mutex | RwSem] = []
 
 

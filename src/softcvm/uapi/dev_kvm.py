@@ -9,11 +9,14 @@ from softcvm.abi.kvm.run import KVM_RUN_MMAP_SIZE
 from softcvm.abi.kvm.vcpu import KvmDeviceAttr
 from softcvm.kernel.arch.x86.kvm.caps import kvm_vm_ioctl_check_extension
 from softcvm.kernel.arch.x86.kvm.cpuid import kvm_get_supported_cpuid
+from softcvm.kernel.arch.x86.kvm.msr_table import ADVERTISED, FEATURES
+from softcvm.kernel.arch.x86.kvm.msrs import KVM_MCE_CAP_SUPPORTED, kvm_get_feature_msr
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr, copy_to_user
 from softcvm.kernel.virt.kvm.kvm_main import kvm_create_vm
 from softcvm.sim.addr import Hva
 from softcvm.sim.steps import Steps
+from softcvm.uapi.msrs import msr_io
 from softcvm.uapi.numbers import IOCTL_NAMES, ioctl_name
 
 if TYPE_CHECKING:
@@ -47,17 +50,30 @@ def kvm_dev_ioctl(proc: "Process", request: int, arg: int, argp: UserPtr) -> Ste
         case k.KVM_GET_SUPPORTED_CPUID:
             yield from _get_supported_cpuid(proc, argp)
             return 0
-        case k.KVM_GET_EMULATED_CPUID | k.KVM_GET_MSRS:
-            raise Unmodelled(f"{IOCTL_NAMES[request]} on /dev/kvm")
-        case (
-            k.KVM_GET_MSR_INDEX_LIST
-            | k.KVM_GET_MSR_FEATURE_INDEX_LIST
-            | k.KVM_X86_GET_MCE_CAP_SUPPORTED
-            | k.KVM_GET_SUPPORTED_HV_CPUID
-        ):
+        case k.KVM_GET_MSRS:
+            return (yield from msr_io(argp, lambda index, _: kvm_get_feature_msr(linux, index)))
+        case k.KVM_GET_MSR_INDEX_LIST | k.KVM_GET_MSR_FEATURE_INDEX_LIST:
+            if linux.profile.x86_one_reg:
+                raise Unmodelled(f"{IOCTL_NAMES[request]}: which MSRs of CET there are")
+            features = request == k.KVM_GET_MSR_FEATURE_INDEX_LIST
+            yield from _msr_list(argp, FEATURES if features else ADVERTISED)
+            return 0
+        case k.KVM_X86_GET_MCE_CAP_SUPPORTED:
+            yield from argp.write(KVM_MCE_CAP_SUPPORTED.to_bytes(8, "little"))
+            return 0
+        case k.KVM_GET_EMULATED_CPUID | k.KVM_GET_SUPPORTED_HV_CPUID:
             raise Unmodelled(f"{IOCTL_NAMES[request]} on /dev/kvm")
         case _:
             raise KernelError(EINVAL, f"{ioctl_name(request)} on /dev/kvm")
+
+
+def _msr_list(argp: UserPtr, indices: tuple[int, ...]) -> Steps[None]:
+    """struct kvm_msr_list: how many there are is written in any case.  E2BIG."""
+    room = int.from_bytes((yield from argp.read(4)), "little")
+    yield from argp.write(len(indices).to_bytes(4, "little"))
+    if room < len(indices):
+        raise KernelError(E2BIG, f"room for {room} of {len(indices)} MSRs")
+    yield from argp.write(b"".join(index.to_bytes(4, "little") for index in indices), 4)
 
 
 def _get_supported_cpuid(proc: "Process", argp: UserPtr) -> Steps[None]:

@@ -6,6 +6,7 @@ Every one holds vcpu->mutex: while a vCPU is inside KVM_RUN, another thread's io
 
 from collections.abc import Callable
 from errno import E2BIG, EINVAL
+from functools import partial
 from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm import _generated_kvm as k
@@ -13,23 +14,31 @@ from softcvm.abi.kvm.memory import KvmPreFaultMemory
 from softcvm.abi.kvm.vcpu import (
     KvmCpuidEntry2,
     KvmDebugregs,
+    KvmDeviceAttr,
+    KvmEnableCap,
     KvmFpu,
     KvmGuestDebug,
     KvmMpState,
     KvmRegs,
     KvmSregs,
     KvmSregs2,
+    KvmVcpuEvents,
     KvmXcrs,
 )
 from softcvm.abi.layout import Layout
 from softcvm.kernel.arch.x86.kvm import regs
+from softcvm.kernel.arch.x86.kvm.enable_cap import kvm_vcpu_ioctl_enable_cap
+from softcvm.kernel.arch.x86.kvm.events import get_vcpu_events, set_vcpu_events
 from softcvm.kernel.arch.x86.kvm.lapic import kvm_apic_accept_events
 from softcvm.kernel.arch.x86.kvm.mmu.mmu import kvm_arch_vcpu_pre_fault_memory
-from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_tsc_khz
+from softcvm.kernel.arch.x86.kvm.msrs import kvm_get_msr, kvm_set_msr, kvm_x86_setup_mce
+from softcvm.kernel.arch.x86.kvm.sregs import get_sregs, get_sregs2, set_sregs, set_sregs2
+from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_tsc_khz, kvm_vcpu_ioctl_device_attr
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_arch_vcpu_ioctl_run
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
 from softcvm.sim.steps import Steps
+from softcvm.uapi.msrs import msr_io
 from softcvm.uapi.numbers import IOCTL_NAMES, ioctl_name, is_kvm_ioctl
 from softcvm.uapi.vm import check_usable
 
@@ -41,8 +50,9 @@ __all__ = ("kvm_vcpu_ioctl",)
 
 _GET: dict[int, Callable[["KvmVcpu"], Layout]] = {
     k.KVM_GET_REGS: regs.get_regs,
-    k.KVM_GET_SREGS: regs.get_sregs,
-    k.KVM_GET_SREGS2: regs.get_sregs2,
+    k.KVM_GET_SREGS: get_sregs,
+    k.KVM_GET_SREGS2: get_sregs2,
+    k.KVM_GET_VCPU_EVENTS: get_vcpu_events,
     k.KVM_GET_FPU: regs.get_fpu,
     k.KVM_GET_XCRS: regs.get_xcrs,
     k.KVM_GET_DEBUGREGS: regs.get_debugregs,
@@ -52,6 +62,7 @@ _SIZES = {
     k.KVM_SET_REGS: KvmRegs.SIZE,
     k.KVM_SET_SREGS: KvmSregs.SIZE,
     k.KVM_SET_SREGS2: KvmSregs2.SIZE,
+    k.KVM_SET_VCPU_EVENTS: KvmVcpuEvents.SIZE,
     k.KVM_SET_FPU: KvmFpu.SIZE,
     k.KVM_SET_XCRS: KvmXcrs.SIZE,
     k.KVM_SET_DEBUGREGS: KvmDebugregs.SIZE,
@@ -61,7 +72,6 @@ _SIZES = {
 _UNMODELLED = frozenset(
     {
         k.KVM_TRANSLATE,
-        k.KVM_SET_SIGNAL_MASK,
         k.KVM_GET_STATS_FD,
         k.KVM_GET_LAPIC,
         k.KVM_SET_LAPIC,
@@ -71,26 +81,19 @@ _UNMODELLED = frozenset(
         k.KVM_SET_CPUID,
         k.KVM_TPR_ACCESS_REPORTING,
         k.KVM_SET_VAPIC_ADDR,
-        k.KVM_X86_SETUP_MCE,
         k.KVM_X86_SET_MCE,
-        k.KVM_GET_VCPU_EVENTS,
-        k.KVM_SET_VCPU_EVENTS,
         k.KVM_GET_XSAVE,
         k.KVM_SET_XSAVE,
         k.KVM_GET_XSAVE2,
         k.KVM_KVMCLOCK_CTRL,
-        k.KVM_ENABLE_CAP,
         k.KVM_GET_NESTED_STATE,
         k.KVM_SET_NESTED_STATE,
         k.KVM_GET_SUPPORTED_HV_CPUID,
         k.KVM_XEN_VCPU_GET_ATTR,
         k.KVM_XEN_VCPU_SET_ATTR,
-        k.KVM_SET_DEVICE_ATTR,
-        k.KVM_GET_DEVICE_ATTR,
-        k.KVM_HAS_DEVICE_ATTR,
     }
 )
-_MAX_IO_MSRS = 256
+_SIGSET_SIZE, _SIGKILL, _SIGSTOP = 8, 9, 19
 
 
 def kvm_vcpu_ioctl(
@@ -140,8 +143,24 @@ def _locked(
             return 0
         case k.KVM_GET_CPUID2:
             return (yield from _get_cpuid2(vcpu, argp))
-        case k.KVM_SET_MSRS | k.KVM_GET_MSRS:
-            return (yield from _msr_io(vcpu, request, argp))
+        case k.KVM_GET_MSRS:
+            return (yield from msr_io(argp, lambda i, _: kvm_get_msr(vcpu, i, host=True)))
+        case k.KVM_SET_MSRS:
+            return (yield from msr_io(argp, partial(_set_msr, vcpu), writeback=False))
+        case k.KVM_SET_SIGNAL_MASK:
+            vcpu.sigset = yield from _signal_mask(argp)
+            return 0
+        case k.KVM_ENABLE_CAP:
+            cap = KvmEnableCap((yield from argp.read(KvmEnableCap.SIZE)))
+            kvm_vcpu_ioctl_enable_cap(vcpu, cap)
+            return 0
+        case k.KVM_X86_SETUP_MCE:
+            kvm_x86_setup_mce(vcpu, int.from_bytes((yield from argp.read(8)), "little"))
+            return 0
+        case k.KVM_SET_DEVICE_ATTR | k.KVM_GET_DEVICE_ATTR | k.KVM_HAS_DEVICE_ATTR:
+            attr = KvmDeviceAttr((yield from argp.read(KvmDeviceAttr.SIZE)))
+            yield from kvm_vcpu_ioctl_device_attr(vcpu, proc, request, attr)
+            return 0
         case k.KVM_GET_ONE_REG | k.KVM_SET_ONE_REG | k.KVM_GET_REG_LIST if (
             vcpu.kvm.linux.profile.x86_one_reg
         ):
@@ -157,9 +176,11 @@ def _set(vcpu: "KvmVcpu", request: int, data: bytes) -> None:
         case k.KVM_SET_REGS:
             regs.set_regs(vcpu, KvmRegs(data))
         case k.KVM_SET_SREGS:
-            regs.set_sregs(vcpu, KvmSregs(data))
+            set_sregs(vcpu, KvmSregs(data))
         case k.KVM_SET_SREGS2:
-            regs.set_sregs2(vcpu, KvmSregs2(data))
+            set_sregs2(vcpu, KvmSregs2(data))
+        case k.KVM_SET_VCPU_EVENTS:
+            set_vcpu_events(vcpu, KvmVcpuEvents(data))
         case k.KVM_SET_FPU:
             regs.set_fpu(vcpu, KvmFpu(data))
         case k.KVM_SET_XCRS:
@@ -172,6 +193,21 @@ def _set(vcpu: "KvmVcpu", request: int, data: bytes) -> None:
             regs.set_guest_debug(vcpu, KvmGuestDebug(data))
         case _:
             raise ValueError(f"{ioctl_name(request)} sets no registers")
+
+
+def _set_msr(vcpu: "KvmVcpu", index: int, value: int) -> int | None:
+    return value if kvm_set_msr(vcpu, index, value, host=True) else None
+
+
+def _signal_mask(argp: UserPtr) -> Steps[int | None]:
+    """struct kvm_signal_mask, or no argument at all: the thread's own.  EINVAL; KILL and STOP are never blocked."""
+    if argp.is_null:
+        return None
+    length = int.from_bytes((yield from argp.read(4)), "little")
+    if length != _SIGSET_SIZE:
+        raise KernelError(EINVAL, f"a signal set of {length} bytes")
+    mask = int.from_bytes((yield from argp.read(_SIGSET_SIZE, 4)), "little")
+    return mask & ~(1 << _SIGKILL - 1 | 1 << _SIGSTOP - 1)
 
 
 def _cpuid_entries(argp: UserPtr) -> Steps[list[KvmCpuidEntry2]]:
@@ -193,27 +229,3 @@ def _get_cpuid2(vcpu: "KvmVcpu", argp: UserPtr) -> Steps[int]:
     yield from argp.write(b"".join(map(bytes, entries)), 8)
     yield from argp.write(len(entries).to_bytes(4, "little"))
     return 0
-
-
-def _msr_io(vcpu: "KvmVcpu", request: int, argp: UserPtr) -> Steps[int]:
-    """struct kvm_msrs: how many were done; an MSR that is refused ends the list."""
-    count = int.from_bytes((yield from argp.read(8))[:4], "little")
-    if count >= _MAX_IO_MSRS:
-        raise KernelError(E2BIG, f"{count} MSRs")
-    data = bytearray((yield from argp.read(16 * count, 8)))
-    done = 0
-    try:
-        for at in range(0, 16 * count, 16):
-            index = int.from_bytes(data[at : at + 4], "little")
-            if request == k.KVM_GET_MSRS:
-                data[at + 8 : at + 16] = regs.get_msr(vcpu, index).to_bytes(8, "little")
-            elif not regs.set_msr(
-                vcpu, index, int.from_bytes(data[at + 8 : at + 16], "little")
-            ):
-                break
-            done += 1
-    except KernelError:
-        pass  # __msr_io() stops at the first that fails and reports how many it did
-    if request == k.KVM_GET_MSRS:
-        yield from argp.write(data, 8)
-    return done

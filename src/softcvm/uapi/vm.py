@@ -5,7 +5,7 @@ Before anything else: only the process whose address space created the VM may us
 VM answers EIO.
 """
 
-from errno import EEXIST, EINVAL, EIO, ENOTTY
+from errno import EBUSY, EEXIST, EINVAL, EIO, ENOTTY
 from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm import _generated_kvm as k
@@ -22,10 +22,8 @@ from softcvm.abi.kvm.memory import (
     MemFlag,
 )
 from softcvm.abi.kvm.vcpu import KvmEnableCap
-from softcvm.kernel.arch.x86.kvm.caps import (
-    kvm_vm_ioctl_check_extension,
-    kvm_vm_ioctl_enable_cap,
-)
+from softcvm.kernel.arch.x86.kvm.caps import kvm_vm_ioctl_check_extension
+from softcvm.kernel.arch.x86.kvm.enable_cap import kvm_vm_ioctl_enable_cap
 from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_default_tsc_khz
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
@@ -35,7 +33,7 @@ from softcvm.kernel.virt.kvm.dirty_log import (
     kvm_vm_ioctl_reset_dirty_pages,
 )
 from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_create, kvm_gmem_link
-from softcvm.kernel.virt.kvm.kvm_main import Kvm, kvm_create_vcpu
+from softcvm.kernel.virt.kvm.kvm_main import KVM_MAX_VCPU_IDS, Kvm, kvm_create_vcpu
 from softcvm.kernel.virt.kvm.mem_attributes import kvm_vm_ioctl_set_mem_attributes
 from softcvm.kernel.virt.kvm.memslots import (
     kvm_vm_ioctl_set_memory_region,
@@ -60,8 +58,6 @@ _UNMODELLED = frozenset(
         k.KVM_SET_GSI_ROUTING,
         k.KVM_CREATE_DEVICE,
         k.KVM_GET_STATS_FD,
-        k.KVM_SET_TSS_ADDR,
-        k.KVM_SET_IDENTITY_MAP_ADDR,
         k.KVM_CREATE_PIT,
         k.KVM_CREATE_PIT2,
         k.KVM_GET_IRQCHIP,
@@ -71,7 +67,6 @@ _UNMODELLED = frozenset(
         k.KVM_GET_PIT2,
         k.KVM_SET_PIT2,
         k.KVM_REINJECT_CONTROL,
-        k.KVM_SET_BOOT_CPU_ID,
         k.KVM_XEN_HVM_CONFIG,
         k.KVM_XEN_HVM_GET_ATTR,
         k.KVM_XEN_HVM_SET_ATTR,
@@ -86,6 +81,7 @@ _UNMODELLED = frozenset(
         k.KVM_HAS_DEVICE_ATTR,
     }
 )
+_TSS_ADDR_MAX = (1 << 32) - 3 * 4096
 _MIN_ALLOC_MMU_PAGES = 64
 _V1_FLAGS = int(MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY)
 
@@ -150,6 +146,15 @@ def kvm_vm_ioctl(
             return kvm.arch.default_tsc_khz
         case k.KVM_SET_TSC_KHZ:
             kvm_set_default_tsc_khz(kvm, arg)
+        case k.KVM_SET_BOOT_CPU_ID:
+            yield from _set_boot_cpu_id(kvm, arg)
+        case k.KVM_SET_TSS_ADDR:
+            if arg > _TSS_ADDR_MAX:
+                raise KernelError(EINVAL, f"TSS at {arg:#x}")
+        case k.KVM_SET_IDENTITY_MAP_ADDR:
+            yield from argp.read(8)
+            if kvm.created_vcpus:
+                raise KernelError(EINVAL, "vCPUs exist already")
         case k.KVM_SET_NR_MMU_PAGES:
             yield from _set_nr_mmu_pages(kvm, arg)
         case _ if request in _UNMODELLED:
@@ -181,6 +186,19 @@ def _set_nr_mmu_pages(kvm: Kvm, pages: int) -> Steps[None]:
     yield from kvm.slots_lock.acquire()
     kvm.arch.n_requested_mmu_pages = pages & (1 << 32) - 1
     kvm.slots_lock.release()
+
+
+def _set_boot_cpu_id(kvm: Kvm, vcpu_id: int) -> Steps[None]:
+    """EBUSY: vCPUs exist already.  EINVAL: above what their ids may be."""
+    yield from kvm.lock.acquire()
+    try:
+        if kvm.created_vcpus:
+            raise KernelError(EBUSY, "vCPUs exist already")
+        if vcpu_id > (kvm.arch.max_vcpu_ids or KVM_MAX_VCPU_IDS):
+            raise KernelError(EINVAL, f"boot processor {vcpu_id}")
+        kvm.arch.bsp_vcpu_id = vcpu_id
+    finally:
+        kvm.lock.release()
 
 
 def _create_irqchip(kvm: Kvm) -> Steps[None]:

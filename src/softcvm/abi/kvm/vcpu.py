@@ -21,6 +21,7 @@ __all__ = (
     "KvmSegment",
     "KvmSregs",
     "KvmSregs2",
+    "KvmVcpuEvents",
     "KvmXcrs",
     "MpState",
 )
@@ -159,6 +160,31 @@ class KvmCpuidEntry2(Layout, size=40):
     ecx = U32(20)
     edx = U32(24)
     padding = Bytes(28, 12)
+
+
+class KvmVcpuEvents(Layout, size=64):
+    exception_injected = U8(0)
+    exception_nr = U8(1)
+    exception_has_error_code = U8(2)
+    exception_pending = U8(3)
+    exception_error_code = U32(4)
+    interrupt_injected = U8(8)
+    interrupt_nr = U8(9)
+    interrupt_soft = U8(10)
+    interrupt_shadow = U8(11)
+    nmi_injected = U8(12)
+    nmi_pending = U8(13)
+    nmi_masked = U8(14)
+    sipi_vector = U32(16)
+    flags = U32(20)
+    smi_smm = U8(24)
+    smi_pending = U8(25)
+    smi_smm_inside_nmi = U8(26)
+    smi_latched_init = U8(27)
+    triple_fault_pending = U8(28)
+    reserved = Bytes(29, 26)
+    exception_has_payload = U8(55)
+    exception_payload = U64(56)
 
 
 class KvmMpState(Layout, size=4):

@@ -74,6 +74,17 @@ class KvmArch(State):
         "disabled_quirks",
         "default_tsc_khz",
         "max_vcpu_ids",
+        "bsp_vcpu_id",
+        "guest_can_read_msr_platform_info",
+        "exception_payload_enabled",
+        "triple_fault_event",
+        "user_space_msr_mask",
+        "exit_on_emulation_error",
+        "disabled_exits",
+        "apic_bus_cycle_ns",
+        "x2apic_format",
+        "x2apic_broadcast_quirk_disabled",
+        "disable_nx_huge_pages",
         "n_requested_mmu_pages",
         "irqchip",
         "irqchip_split",
@@ -87,6 +98,22 @@ class KvmArch(State):
         """Of vCPUs that are created from now on.  # stored, no effect"""
         self.max_vcpu_ids = 0
         """KVM_CAP_MAX_VCPU_ID; 0 while user space has set no limit."""
+        self.bsp_vcpu_id = 0
+        """KVM_SET_BOOT_CPU_ID"""
+        self.guest_can_read_msr_platform_info = True
+        self.exception_payload_enabled = False
+        self.triple_fault_event = False
+        self.user_space_msr_mask = 0
+        """Reasons for which a refused MSR access leaves to user space (KVM_CAP_X86_USER_SPACE_MSR)."""
+        self.exit_on_emulation_error = False
+        self.disabled_exits = 0
+        """KVM_CAP_X86_DISABLE_EXITS.  # stored, no effect"""
+        self.apic_bus_cycle_ns = 1
+        """KVM_CAP_X86_APIC_BUS_CYCLES_NS.  # stored, no effect: the local APIC has no timer"""
+        self.x2apic_format = self.x2apic_broadcast_quirk_disabled = False
+        """KVM_CAP_X2APIC_API.  # stored, no effect"""
+        self.disable_nx_huge_pages = False
+        """KVM_CAP_VM_DISABLE_NX_HUGE_PAGES.  # stored: AMD's processors need no such split"""
         self.n_requested_mmu_pages = 0
         """KVM_SET_NR_MMU_PAGES.  # stored, no effect: that is of shadow paging"""
         self.has_private_mem = vm_type is VmType.SW_PROTECTED
@@ -263,7 +290,7 @@ _VCPU_PAGES = 2
 class KvmVcpu(State):
     """struct kvm_vcpu.  `run` is the page that the VMM maps at offset 0 of the vCPU's fd."""
 
-    saved = ("vcpu_id", "vcpu_idx", "run", "pio_data", "dirty_ring", "arch")
+    saved = ("vcpu_id", "vcpu_idx", "run", "pio_data", "dirty_ring", "sigset", "arch")
     derived = {
         "kvm": "the VM, which lists this vCPU",
         "mutex": "free at quiescent points",
@@ -280,9 +307,16 @@ class KvmVcpu(State):
         self.pio_data = shared[PAGE_SIZE : 2 * PAGE_SIZE]
         self.dirty_ring = KvmDirtyRing(kvm.dirty_ring_size) if kvm.dirty_ring_size else None
         self.proc: Process | None = None
+        self.sigset: int | None = None
+        """KVM_SET_SIGNAL_MASK: signals that are blocked during KVM_RUN; None: those of the thread."""
         self.arch = VcpuArch(
-            bsp=vcpu_id == 0, irqchip=kvm.arch.irqchip, tsc_khz=kvm.arch.default_tsc_khz
+            bsp=self.is_bsp, irqchip=kvm.arch.irqchip, tsc_khz=kvm.arch.default_tsc_khz
         )
+
+    @property
+    def is_bsp(self) -> bool:
+        """kvm_vcpu_is_bsp()"""
+        return self.vcpu_id == self.kvm.arch.bsp_vcpu_id
 
 
 def kvm_supported_vm_types(linux: Linux) -> int:

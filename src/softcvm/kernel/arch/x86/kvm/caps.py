@@ -1,24 +1,16 @@
-"""Capabilities: KVM_CHECK_EXTENSION and KVM_ENABLE_CAP on x86 (virt/kvm/kvm_main.c,
+"""Capabilities: KVM_CHECK_EXTENSION on x86 (virt/kvm/kvm_main.c,
 arch/x86/kvm/x86.c; v7.2).
 
 The answer is the kernel's, also where the model refuses the feature once it is used; a value
 that only the host's configuration decides is Unmodelled.  A number that no header knows is 0,
-as in Linux.
+as in Linux.  What KVM_ENABLE_CAP does is enable_cap.py.
 """
 
-from errno import EEXIST, EINVAL
 from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm import _generated_kvm as k
-from softcvm.abi.kvm.memory import (
-    KVM_DIRTY_LOG_INITIALLY_SET,
-    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE,
-    KVM_HC_MAP_GPA_RANGE,
-    KvmDirtyGfn,
-)
-from softcvm.abi.kvm.vcpu import KvmEnableCap
-from softcvm.kernel.errors import KernelError, Unmodelled
-from softcvm.kernel.virt.kvm.dirty_log import kvm_vm_ioctl_enable_dirty_log_ring
+from softcvm.abi.kvm.memory import KVM_HC_MAP_GPA_RANGE, KvmDirtyGfn
+from softcvm.kernel.errors import Unmodelled
 from softcvm.kernel.virt.kvm.dirty_ring import KVM_DIRTY_RING_MAX_ENTRIES
 from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_supported_flags
 from softcvm.kernel.virt.kvm.kvm_main import (
@@ -28,14 +20,12 @@ from softcvm.kernel.virt.kvm.kvm_main import (
 )
 from softcvm.kernel.virt.kvm.mem_attributes import kvm_supported_mem_attributes
 from softcvm.kernel.virt.kvm.memslots import KVM_USER_MEM_SLOTS, nr_memslot_as_ids
-from softcvm.sim.steps import Steps
 
 if TYPE_CHECKING:
     from softcvm.kernel.host import Linux
-    from softcvm.kernel.task import Process
     from softcvm.kernel.virt.kvm.kvm_main import Kvm
 
-__all__ = ("kvm_vm_ioctl_check_extension", "kvm_vm_ioctl_enable_cap")
+__all__ = ("QUIRKS", "kvm_vm_ioctl_check_extension")
 
 _ALWAYS_ONE = frozenset(
     {
@@ -145,7 +135,7 @@ _HOST_DECIDES = frozenset(
         k.KVM_CAP_NESTED_STATE,
     }
 )
-_QUIRKS = sum(
+QUIRKS = sum(
     {
         k.KVM_X86_QUIRK_LINT0_REENABLED,
         k.KVM_X86_QUIRK_CD_NW_CLEARED,
@@ -188,7 +178,7 @@ def kvm_vm_ioctl_check_extension(linux: "Linux", kvm: "Kvm | None", cap: int) ->
         case k.KVM_CAP_SYNC_REGS:
             return 0 if protected else _SYNC_REGS
         case k.KVM_CAP_DISABLE_QUIRKS2:
-            return _QUIRKS
+            return QUIRKS
         case k.KVM_CAP_ONE_REG:
             return int(linux.profile.x86_one_reg)
         case k.KVM_CAP_X2APIC_API:
@@ -199,74 +189,9 @@ def kvm_vm_ioctl_check_extension(linux: "Linux", kvm: "Kvm | None", cap: int) ->
             return 0
 
 
-def kvm_vm_ioctl_enable_cap(kvm: "Kvm", proc: "Process", cap: KvmEnableCap) -> Steps[int]:
-    """KVM_ENABLE_CAP on a VM, after the copy-in.  Who enables dirty rings may set any flag."""
-    if cap.cap in (k.KVM_CAP_DIRTY_LOG_RING, k.KVM_CAP_DIRTY_LOG_RING_ACQ_REL):
-        yield from kvm_vm_ioctl_enable_dirty_log_ring(kvm, cap.arg0)
-        return 0
-    if cap.flags:
-        raise KernelError(EINVAL, f"KVM_ENABLE_CAP flags {cap.flags:#x}")
-    match cap.cap:
-        case k.KVM_CAP_EXIT_HYPERCALL:
-            if cap.arg0 & ~(1 << KVM_HC_MAP_GPA_RANGE):
-                raise KernelError(EINVAL, f"hypercalls {cap.arg0:#x}")
-            kvm.arch.hypercall_exit_enabled = cap.arg0
-        case k.KVM_CAP_DISABLE_QUIRKS | k.KVM_CAP_DISABLE_QUIRKS2:
-            if cap.cap == k.KVM_CAP_DISABLE_QUIRKS2 and cap.arg0 & ~_QUIRKS:
-                raise KernelError(EINVAL, f"quirks {cap.arg0:#x} of {_QUIRKS:#x}")
-            kvm.arch.disabled_quirks |= cap.arg0 & _QUIRKS
-        case k.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2:
-            allowed = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE
-            if cap.arg0 & KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE:
-                allowed |= KVM_DIRTY_LOG_INITIALLY_SET
-            if cap.arg0 & ~allowed:
-                raise KernelError(EINVAL, f"dirty log options {cap.arg0:#x}")
-            kvm.manual_dirty_log_protect = cap.arg0
-        case k.KVM_CAP_MAX_VCPU_ID:
-            yield from _max_vcpu_id(kvm, cap.arg0)
-        case k.KVM_CAP_SPLIT_IRQCHIP:
-            yield from _split_irqchip(kvm, cap.arg0)
-        case k.KVM_CAP_VM_COPY_ENC_CONTEXT_FROM:
-            return (yield from kvm.ops.vm_copy_enc_context_from(kvm, proc, cap.arg0))
-        case k.KVM_CAP_VM_MOVE_ENC_CONTEXT_FROM:
-            return (yield from kvm.ops.vm_move_enc_context_from(kvm, proc, cap.arg0))
-        case _:
-            if kvm_vm_ioctl_check_extension(kvm.linux, kvm, cap.cap):
-                raise Unmodelled(f"KVM_ENABLE_CAP of capability {cap.cap}")
-            raise KernelError(EINVAL, f"capability {cap.cap} cannot be enabled on a VM")
-    return 0
-
-
 def _x2apic_api(linux: "Linux", kvm: "Kvm | None") -> int:
     """Flags of KVM_CAP_X2APIC_API; suppressing EOI broadcasts takes an I/O APIC in user
     space."""
     if not linux.profile.x2apic_suppress_eoi:
         return 3
     return 15 if kvm is None or kvm.arch.irqchip_split else 11
-
-
-def _max_vcpu_id(kvm: "Kvm", limit: int) -> Steps[None]:
-    """Set once, or to the same again.  EINVAL."""
-    if limit > KVM_MAX_VCPU_IDS:
-        raise KernelError(EINVAL, f"vCPU ids up to {limit}")
-    yield from kvm.lock.acquire()
-    try:
-        if kvm.arch.max_vcpu_ids not in (0, limit):
-            raise KernelError(EINVAL, f"vCPU ids are limited to {kvm.arch.max_vcpu_ids}")
-        kvm.arch.max_vcpu_ids = limit
-    finally:
-        kvm.lock.release()
-
-
-def _split_irqchip(kvm: "Kvm", pins: int) -> Steps[None]:
-    yield from kvm.lock.acquire()
-    try:
-        if pins > 4096:
-            raise KernelError(EINVAL, f"{pins} reserved I/O APIC pins")
-        if kvm.arch.irqchip:
-            raise KernelError(EEXIST, "there is an in-kernel irqchip")
-        if kvm.created_vcpus:
-            raise KernelError(EEXIST, "vCPUs exist already")
-        kvm.arch.irqchip = kvm.arch.irqchip_split = True
-    finally:
-        kvm.lock.release()

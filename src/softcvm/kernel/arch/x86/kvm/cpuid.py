@@ -6,16 +6,27 @@ features it emulates are set whether or not the processor has them.  What a vCPU
 user space's choice.
 """
 
+from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm.vcpu import KvmCpuidEntry2
 from softcvm.hw.cpu.cpuid import CpuidResult, leaves
+from softcvm.hw.profile import CpuProfile
 
 if TYPE_CHECKING:
     from softcvm.kernel.host import Linux
     from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 
-__all__ = ("KVM_CPUID_SIGNATURE", "cpuid_maxphyaddr", "kvm_get_supported_cpuid")
+__all__ = (
+    "KVM_CPUID_SIGNATURE",
+    "amd_compatible",
+    "cpuid_maxphyaddr",
+    "guest_cpuid_has",
+    "guest_pv_has",
+    "kvm_cpu_cap_has",
+    "kvm_get_supported_cpuid",
+)
 
 KVM_CPUID_SIGNATURE = 0x4000_0000
 KVM_CPUID_FEATURES = 0x4000_0001
@@ -35,15 +46,18 @@ _INDEXED = frozenset({0x4, 0x7, 0xB, 0xD, 0x8000_001D})
 
 def kvm_get_supported_cpuid(linux: "Linux") -> list[KvmCpuidEntry2]:
     """In ascending order, the hypervisor's own leaves between standard and extended ones."""
-    table = {
-        leaf: _virtualised(leaf, result) for leaf, result in leaves(linux.soc.profile).items()
-    }
+    return list(_supported(linux.soc.profile))
+
+
+@cache
+def _supported(profile: CpuProfile) -> tuple[KvmCpuidEntry2, ...]:
+    table = {leaf: _virtualised(leaf, result) for leaf, result in leaves(profile).items()}
     signature = int.from_bytes(b"KVMK", "little"), int.from_bytes(b"VMKV", "little")
     table[KVM_CPUID_SIGNATURE, 0] = CpuidResult(
         KVM_CPUID_FEATURES, *signature, int.from_bytes(b"M\0\0\0", "little")
     )
     table[KVM_CPUID_FEATURES, 0] = CpuidResult(_KVM_FEATURES)
-    return [
+    return tuple(
         KvmCpuidEntry2(
             function=function,
             index=index,
@@ -51,7 +65,7 @@ def kvm_get_supported_cpuid(linux: "Linux") -> list[KvmCpuidEntry2]:
             **result._asdict(),
         )
         for (function, index), result in sorted(table.items())
-    ]
+    )
 
 
 def cpuid_maxphyaddr(vcpu: "KvmVcpu") -> int:
@@ -60,6 +74,40 @@ def cpuid_maxphyaddr(vcpu: "KvmVcpu") -> int:
     if told.get(0x8000_0000, 0) < 0x8000_0008 or 0x8000_0008 not in told:
         return 36
     return told[0x8000_0008] & 0xFF
+
+
+def guest_cpuid_has(vcpu: "KvmVcpu", leaf: int, register: str, bit: int) -> bool:
+    """Whether the guest's CPUID has a feature.  Leaf Dh has it in subleaf 1, the others in 0."""
+    return _has(vcpu.arch.cpuid_entries, leaf, register, bit)
+
+
+def kvm_cpu_cap_has(linux: "Linux", leaf: int, register: str, bit: int) -> bool:
+    """Whether KVM can give a guest the feature on this processor."""
+    return _has(kvm_get_supported_cpuid(linux), leaf, register, bit)
+
+
+def guest_pv_has(vcpu: "KvmVcpu", bit: int) -> bool:
+    """KVM's own features: all of them, until user space asks to go by the guest's CPUID."""
+    return not vcpu.arch.pv_enforce or _has(
+        vcpu.arch.cpuid_entries, KVM_CPUID_FEATURES, "eax", bit
+    )
+
+
+def amd_compatible(vcpu: "KvmVcpu") -> bool:
+    """guest_cpuid_is_amd_or_hygon()"""
+    names = ((0x6874_7541, 0x444D_4163, 0x6974_6E65), (0x6F67_7948, 0x656E_6975, 0x6E65_476E))
+    return any(
+        (e.ebx, e.ecx, e.edx) in names for e in vcpu.arch.cpuid_entries if e.function == 0
+    )
+
+
+def _has(entries: Iterable[KvmCpuidEntry2], leaf: int, register: str, bit: int) -> bool:
+    index = 1 if leaf == 0xD else 0
+    return any(
+        getattr(e, register) >> bit & 1
+        for e in entries
+        if e.function == leaf and (e.index == index or not e.flags & 1)
+    )
 
 
 def _virtualised(leaf: tuple[int, int], result: CpuidResult) -> CpuidResult:

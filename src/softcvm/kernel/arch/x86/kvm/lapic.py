@@ -8,6 +8,8 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm.vcpu import KvmRegs, MpState
+from softcvm.kernel.arch.x86.kvm.cpuid import cpuid_maxphyaddr, guest_cpuid_has
+from softcvm.kernel.arch.x86.kvm.msr_table import Feature
 from softcvm.kernel.arch.x86.kvm.vcpu import reset_sregs
 from softcvm.kernel.errors import Unmodelled
 from softcvm.sim.steps import Steps
@@ -22,12 +24,14 @@ __all__ = (
     "X2APIC_ID",
     "kvm_apic_accept_events",
     "kvm_apic_has_pending_init_or_sipi",
+    "kvm_set_apic_base",
     "kvm_vcpu_reset",
     "kvm_x2apic_icr_write",
     "x2apic_mode",
 )
 
 APIC_BASE_EXTD, APIC_BASE_ENABLE = 1 << 10, 1 << 11
+_APIC_BASE_RESERVED = 0x2FF
 X2APIC_ID, X2APIC_ICR = 0x802, 0x830
 _ICR_RESERVED = 0xFFF << 20 | 3 << 16 | 1 << 13
 _ICR_LEVEL, _ICR_ASSERT = 1 << 15, 1 << 14
@@ -60,6 +64,20 @@ def x2apic_mode(vcpu: "KvmVcpu") -> bool:
 
 def kvm_apic_has_pending_init_or_sipi(vcpu: "KvmVcpu") -> bool:
     return vcpu.kvm.arch.irqchip and (vcpu.arch.apic_init or vcpu.arch.apic_sipi)
+
+
+def kvm_set_apic_base(vcpu: "KvmVcpu", value: int, *, host: bool) -> bool:
+    """A guest gets no way from x2APIC back to xAPIC, nor from off straight to x2APIC; user space does."""
+    sregs, mode = vcpu.arch.sregs, APIC_BASE_EXTD | APIC_BASE_ENABLE
+    has_x2apic = guest_cpuid_has(vcpu, *Feature.X2APIC.value)
+    reserved = _APIC_BASE_RESERVED | (0 if has_x2apic else APIC_BASE_EXTD)
+    if value & reserved or value >> cpuid_maxphyaddr(vcpu) or value & mode == APIC_BASE_EXTD:
+        return False
+    old, new = sregs.apic_base & mode, value & mode
+    if not host and ((old == mode and new == APIC_BASE_ENABLE) or (old == 0 and new == mode)):
+        return False
+    sregs.apic_base = value
+    return True
 
 
 def kvm_x2apic_icr_write(vcpu: "KvmVcpu", icr: int) -> bool:
@@ -112,8 +130,7 @@ def kvm_apic_accept_events(vcpu: "KvmVcpu") -> Steps[None]:
     if arch.apic_init:
         arch.apic_init = False
         yield from kvm_vcpu_reset(vcpu)
-        bsp = vcpu.vcpu_id == 0
-        arch.mp_state = MpState.RUNNABLE if bsp else MpState.INIT_RECEIVED
+        arch.mp_state = MpState.RUNNABLE if vcpu.is_bsp else MpState.INIT_RECEIVED
     if arch.apic_sipi:
         arch.apic_sipi = False
         if arch.mp_state is MpState.INIT_RECEIVED:

@@ -1,6 +1,6 @@
 """Registers of a vCPU as user space reads and writes them (arch/x86/kvm/x86.c, cpuid.c; v7.2).
 
-What a VMM sets here is what sev_es_sync_vmsa() puts into the measured VMSA.  Once the state is
+System registers are sregs.py, MSRs msrs.py.  What a VMM sets here is what sev_es_sync_vmsa() puts into the measured VMSA.  Once the state is
 protected a VM with has_protected_state refuses every access (EINVAL), and an SEV-ES VM of the
 legacy kind, which has not that flag, keeps a dead copy.
 """
@@ -15,13 +15,10 @@ from softcvm.abi.kvm.vcpu import (
     KvmGuestDebug,
     KvmMpState,
     KvmRegs,
-    KvmSregs,
-    KvmSregs2,
     KvmXcrs,
     MpState,
 )
-from softcvm.kernel.arch.x86.kvm.vcpu import MSR_IA32_CR_PAT
-from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
     from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
@@ -31,51 +28,28 @@ __all__ = (
     "get_debugregs",
     "get_fpu",
     "get_mpstate",
-    "get_msr",
     "get_regs",
-    "get_sregs",
-    "get_sregs2",
     "get_xcrs",
     "is_64_bit_mode",
     "kvm_get_linear_rip",
+    "refuse_protected",
     "set_cpuid2",
     "set_debugregs",
     "set_fpu",
     "set_guest_debug",
     "set_mpstate",
-    "set_msr",
     "set_regs",
-    "set_sregs",
-    "set_sregs2",
     "set_xcrs",
 )
 
 KVM_MAX_CPUID_ENTRIES = 256
-_CR0_PE, _CR0_NW, _CR0_CD, _CR0_PG = 1, 1 << 29, 1 << 30, 1 << 31
-_CR4_PAE = 1 << 5
-_EFER_LME, _EFER_LMA = 1 << 8, 1 << 10
-_SREGS2_FLAGS_PDPTRS_VALID = 1
+_EFER_LMA = 1 << 10
 _GUESTDBG_ENABLE = 1
 _XCR0_FP, _XCR0_SSE, _XCR0_YMM = 1, 2, 4
 _RFLAGS_FIXED = 2
-_EMULATED_MSRS = {
-    0x10: 0,  # TSC
-    0x1A0: 0,  # MISC_ENABLE
-    0x174: 0,  # SYSENTER_CS
-    0x175: 0,
-    0x176: 0,
-    0x2FF: 0,  # MTRR_DEF_TYPE
-    0xC000_0081: 0,  # STAR
-    0xC000_0082: 0,
-    0xC000_0083: 0,
-    0xC000_0084: 0,
-    0xC000_0102: 0,  # KERNEL_GS_BASE
-    0xC000_0103: 0,  # TSC_AUX
-}
-"""MSRs that user space sets for a boot and that the model keeps.  # stored, no effect"""
 
 
-def _refuse_protected(vcpu: "KvmVcpu", what: str) -> None:
+def refuse_protected(vcpu: "KvmVcpu", what: str) -> None:
     if vcpu.kvm.arch.has_protected_state and vcpu.arch.guest_state_protected:
         raise KernelError(
             EINVAL, f"{what} of vCPU {vcpu.vcpu_id}: the guest's state is protected"
@@ -99,78 +73,37 @@ def kvm_get_linear_rip(vcpu: "KvmVcpu") -> int:
 
 
 def get_regs(vcpu: "KvmVcpu") -> KvmRegs:
-    _refuse_protected(vcpu, "KVM_GET_REGS")
+    refuse_protected(vcpu, "KVM_GET_REGS")
     return KvmRegs(bytes(vcpu.arch.regs))
 
 
 def set_regs(vcpu: "KvmVcpu", regs: KvmRegs) -> None:
-    _refuse_protected(vcpu, "KVM_SET_REGS")
+    refuse_protected(vcpu, "KVM_SET_REGS")
     vcpu.arch.regs = KvmRegs(bytes(regs))
     vcpu.arch.regs.rflags |= _RFLAGS_FIXED
 
 
-def get_sregs(vcpu: "KvmVcpu") -> KvmSregs:
-    _refuse_protected(vcpu, "KVM_GET_SREGS")
-    return KvmSregs(bytes(vcpu.arch.sregs))
-
-
-def set_sregs(vcpu: "KvmVcpu", sregs: KvmSregs) -> None:
-    _refuse_protected(vcpu, "KVM_SET_SREGS")
-    _check_sregs(sregs)
-    vcpu.arch.sregs = KvmSregs(bytes(sregs))
-
-
-def get_sregs2(vcpu: "KvmVcpu") -> KvmSregs2:
-    _refuse_protected(vcpu, "KVM_GET_SREGS2")
-    return KvmSregs2(bytes(vcpu.arch.sregs)[:280] + bytes(40))
-
-
-def set_sregs2(vcpu: "KvmVcpu", sregs: KvmSregs2) -> None:
-    if sregs.flags & ~_SREGS2_FLAGS_PDPTRS_VALID:
-        raise KernelError(EINVAL, f"kvm_sregs2 flags {sregs.flags:#x}")
-    if sregs.flags & _SREGS2_FLAGS_PDPTRS_VALID:
-        pae = sregs.cr0 & _CR0_PG and sregs.cr4 & _CR4_PAE and not sregs.efer & _EFER_LMA
-        if not pae:
-            raise KernelError(EINVAL, "PDPTRS_VALID outside PAE paging")
-        raise Unmodelled("KVM_SET_SREGS2 with PDPTRs")
-    set_sregs(vcpu, KvmSregs(bytes(sregs)[:280] + bytes(32)))
-
-
-def _check_sregs(sregs: KvmSregs) -> None:
-    """kvm_is_valid_sregs(): the combinations of CR0, CR4 and EFER that a processor can be
-    in."""
-    if sregs.efer & _EFER_LME and sregs.cr0 & _CR0_PG:
-        if not (sregs.cr4 & _CR4_PAE and sregs.efer & _EFER_LMA):
-            raise KernelError(EINVAL, "paging in long mode without CR4.PAE or EFER.LMA")
-    elif sregs.efer & _EFER_LMA or sregs.segment("cs").l:
-        raise KernelError(EINVAL, "EFER.LMA or CS.L without paging in long mode")
-    if sregs.cr0 >> 32 or (sregs.cr0 & _CR0_NW and not sregs.cr0 & _CR0_CD):
-        raise KernelError(EINVAL, f"CR0 {sregs.cr0:#x}")
-    if sregs.cr0 & _CR0_PG and not sregs.cr0 & _CR0_PE:
-        raise KernelError(EINVAL, f"CR0 {sregs.cr0:#x}: paging without protection")
-
-
 def get_fpu(vcpu: "KvmVcpu") -> KvmFpu:
-    _refuse_protected(vcpu, "KVM_GET_FPU")
+    refuse_protected(vcpu, "KVM_GET_FPU")
     return KvmFpu(bytes(vcpu.arch.fpu))
 
 
 def set_fpu(vcpu: "KvmVcpu", fpu: KvmFpu) -> None:
     """KVM_SET_FPU; Linux leaves MXCSR out."""
-    _refuse_protected(vcpu, "KVM_SET_FPU")
+    refuse_protected(vcpu, "KVM_SET_FPU")
     mxcsr = vcpu.arch.fpu.mxcsr
     vcpu.arch.fpu = KvmFpu(bytes(fpu))
     vcpu.arch.fpu.mxcsr = mxcsr
 
 
 def get_xcrs(vcpu: "KvmVcpu") -> KvmXcrs:
-    _refuse_protected(vcpu, "KVM_GET_XCRS")
+    refuse_protected(vcpu, "KVM_GET_XCRS")
     xcr0 = bytes(8) + vcpu.arch.xcr0.to_bytes(8, "little")
     return KvmXcrs(nr_xcrs=1, xcrs=xcr0.ljust(256, b"\0"))
 
 
 def set_xcrs(vcpu: "KvmVcpu", xcrs: KvmXcrs) -> None:
-    _refuse_protected(vcpu, "KVM_SET_XCRS")
+    refuse_protected(vcpu, "KVM_SET_XCRS")
     if xcrs.nr_xcrs > 16 or xcrs.flags:
         raise KernelError(EINVAL, f"{xcrs.nr_xcrs} XCRs, flags {xcrs.flags:#x}")
     for i in range(xcrs.nr_xcrs):
@@ -184,12 +117,12 @@ def set_xcrs(vcpu: "KvmVcpu", xcrs: KvmXcrs) -> None:
 
 
 def get_debugregs(vcpu: "KvmVcpu") -> KvmDebugregs:
-    _refuse_protected(vcpu, "KVM_GET_DEBUGREGS")
+    refuse_protected(vcpu, "KVM_GET_DEBUGREGS")
     return KvmDebugregs(bytes(vcpu.arch.debugregs))
 
 
 def set_debugregs(vcpu: "KvmVcpu", regs: KvmDebugregs) -> None:
-    _refuse_protected(vcpu, "KVM_SET_DEBUGREGS")
+    refuse_protected(vcpu, "KVM_SET_DEBUGREGS")
     if regs.flags or regs.dr6 >> 32 or regs.dr7 >> 32:
         raise KernelError(EINVAL, f"flags {regs.flags:#x} DR6 {regs.dr6:#x} DR7 {regs.dr7:#x}")
     vcpu.arch.debugregs = KvmDebugregs(bytes(regs))
@@ -216,33 +149,6 @@ def set_mpstate(vcpu: "KvmVcpu", state: KvmMpState) -> None:
     if wanted is MpState.SIPI_RECEIVED:
         wanted, vcpu.arch.apic_sipi = MpState.INIT_RECEIVED, True
     vcpu.arch.mp_state = wanted
-
-
-def set_msr(vcpu: "KvmVcpu", index: int, value: int) -> bool:
-    """One MSR of KVM_SET_MSRS; False where Linux stops the list."""
-    if vcpu.kvm.ops.set_msr(vcpu, index, value):
-        return True
-    _refuse_protected(vcpu, "KVM_SET_MSRS")
-    if index == MSR_IA32_CR_PAT:
-        if any(value >> shift & 0xFF not in (0, 1, 4, 5, 6, 7) for shift in range(0, 64, 8)):
-            return False
-    elif index not in _EMULATED_MSRS:
-        raise Unmodelled(f"MSR {index:#x}")
-    vcpu.arch.msrs[index] = value
-    return True
-
-
-def get_msr(vcpu: "KvmVcpu", index: int) -> int:
-    """One MSR of KVM_GET_MSRS."""
-    value = vcpu.kvm.ops.get_msr(vcpu, index)
-    if value is not None:
-        return value
-    _refuse_protected(vcpu, "KVM_GET_MSRS")
-    if index in vcpu.arch.msrs:
-        return vcpu.arch.msrs[index]
-    if index not in _EMULATED_MSRS:
-        raise Unmodelled(f"MSR {index:#x}")
-    return _EMULATED_MSRS[index]
 
 
 def set_cpuid2(vcpu: "KvmVcpu", entries: list[KvmCpuidEntry2]) -> None:

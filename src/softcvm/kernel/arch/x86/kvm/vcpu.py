@@ -84,8 +84,11 @@ class VcpuArch(State):
         "guest_debug",
         "msrs",
         "cpuid_entries",
+        "pv_enforce",
+        "mcg_cap",
         "mp_state",
         "virtual_tsc_khz",
+        "tsc_offset",
         "guest_state_protected",
         "has_run",
         "completes",
@@ -104,6 +107,8 @@ class VcpuArch(State):
 
     def __init__(self, *, bsp: bool, irqchip: bool, tsc_khz: int) -> None:
         self.virtual_tsc_khz = tsc_khz
+        self.tsc_offset = 0
+        """KVM_VCPU_TSC_OFFSET.  # stored: no clock runs"""
         self.regs = KvmRegs(rdx=0x600, rip=0xFFF0, rflags=2)
         self.sregs = reset_sregs()
         self.sregs.apic_base = 0xFEE0_0800 | (0x100 if bsp else 0)
@@ -113,6 +118,10 @@ class VcpuArch(State):
         self.guest_debug = 0
         self.msrs: dict[int, int] = {MSR_IA32_CR_PAT: _PAT_RESET}
         self.cpuid_entries: list[KvmCpuidEntry2] = []
+        self.pv_enforce = False
+        """KVM_CAP_ENFORCE_PV_FEATURE_CPUID: the guest has those of KVM's features that its CPUID names."""
+        self.mcg_cap = 32
+        """KVM_X86_SETUP_MCE: the low byte is the number of banks."""
         self.mp_state = MpState.UNINITIALIZED if irqchip and not bsp else MpState.RUNNABLE
         self.guest_state_protected = False
         self.has_run = False

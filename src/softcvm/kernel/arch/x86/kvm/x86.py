@@ -57,6 +57,7 @@ def kvm_arch_vcpu_ioctl_run(vcpu: "KvmVcpu", proc: "Process") -> Steps[int]:
     wants_to_run = not run.immediate_exit
     run.flags = 0
     vcpu.proc = proc
+    kvm.linux.lockdep.current.sigmask = vcpu.sigset
     errno = 0
     yield from kvm.srcu.acquire_read()
     try:
@@ -67,6 +68,7 @@ def kvm_arch_vcpu_ioctl_run(vcpu: "KvmVcpu", proc: "Process") -> Steps[int]:
     finally:
         kvm.srcu.release_read()
         vcpu.proc = None
+        kvm.linux.lockdep.current.sigmask = None
         run.ready_for_interrupt_injection = int(not kvm.arch.irqchip)
         run.cr8 = vcpu.arch.sregs.cr8
         run.apic_base = vcpu.arch.sregs.apic_base

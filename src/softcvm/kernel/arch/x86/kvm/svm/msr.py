@@ -1,22 +1,20 @@
 """RDMSR and WRMSR that leave a guest, by themselves or by VMGEXIT (arch/x86/kvm/x86.c, lapic.c, svm/svm.c, v7.2).
 
 Owns the MSRs of the local APIC, by which a guest starts its other processors, and the refusal of those that
-an SEV-ES guest accesses without KVM.  Every other MSR is that of the ioctls (regs.py), or Unmodelled.
+an SEV-ES guest accesses without KVM.  Every other MSR is that of the ioctls (msrs.py), or Unmodelled.
 """
 
 from typing import TYPE_CHECKING
 
 from softcvm.abi.svm import EventInj, Vector
-from softcvm.kernel.arch.x86.kvm.cpuid import cpuid_maxphyaddr
 from softcvm.kernel.arch.x86.kvm.lapic import (
-    APIC_BASE_ENABLE,
-    APIC_BASE_EXTD,
     X2APIC_ICR,
     X2APIC_ID,
+    kvm_set_apic_base,
     kvm_x2apic_icr_write,
     x2apic_mode,
 )
-from softcvm.kernel.arch.x86.kvm.regs import get_msr, set_msr
+from softcvm.kernel.arch.x86.kvm.msrs import kvm_get_msr, kvm_set_msr
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_es_guest
 from softcvm.kernel.errors import Unmodelled
 
@@ -27,9 +25,7 @@ __all__ = ("msr_interception",)
 
 _U32 = (1 << 32) - 1
 _APIC_BASE = 0x1B
-_APIC_BASE_RESERVED = 0x2FF
 _X2APIC_MSRS = range(0x800, 0x900)
-_CPUID_X2APIC = 1 << 21
 _EVTINJ_GP = int(Vector.GP | EventInj.TYPE_EXCEPTION | EventInj.VALID)
 _PASSED_THROUGH = frozenset(
     {
@@ -64,7 +60,7 @@ def msr_interception(vcpu: "KvmVcpu") -> bool:
 
 def _get(vcpu: "KvmVcpu", index: int) -> int | None:
     if not sev_es_guest(vcpu.kvm) and index != _APIC_BASE and index not in _X2APIC_MSRS:
-        return get_msr(vcpu, index)
+        return kvm_get_msr(vcpu, index, host=False)
     if index in _PASSED_THROUGH or (index in _X2APIC_MSRS and not x2apic_mode(vcpu)):
         return None
     match index:
@@ -78,27 +74,13 @@ def _get(vcpu: "KvmVcpu", index: int) -> int | None:
 
 def _set(vcpu: "KvmVcpu", index: int, value: int) -> bool:
     if not sev_es_guest(vcpu.kvm) and index != _APIC_BASE and index not in _X2APIC_MSRS:
-        return set_msr(vcpu, index, value)
+        return kvm_set_msr(vcpu, index, value, host=False)
     if index in _PASSED_THROUGH or (index in _X2APIC_MSRS and not x2apic_mode(vcpu)):
         return False
     match index:
         case _ if index == _APIC_BASE:
-            return _set_apic_base(vcpu, value)
+            return kvm_set_apic_base(vcpu, value, host=False)
         case _ if index == X2APIC_ICR:
             return kvm_x2apic_icr_write(vcpu, value)
         case _:
             raise Unmodelled(f"VMGEXIT WRMSR {index:#x}")
-
-
-def _set_apic_base(vcpu: "KvmVcpu", value: int) -> bool:
-    """kvm_apic_set_base(): no way from x2APIC back to xAPIC, nor from off straight to x2APIC."""
-    sregs, mode = vcpu.arch.sregs, APIC_BASE_EXTD | APIC_BASE_ENABLE
-    has_x2apic = any(e.function == 1 and e.ecx & _CPUID_X2APIC for e in vcpu.arch.cpuid_entries)
-    reserved = _APIC_BASE_RESERVED | (0 if has_x2apic else APIC_BASE_EXTD)
-    if value & reserved or value >> cpuid_maxphyaddr(vcpu) or value & mode == APIC_BASE_EXTD:
-        return False
-    old, new = sregs.apic_base & mode, value & mode
-    if (old == mode and new == APIC_BASE_ENABLE) or (old == 0 and new == mode):
-        return False
-    sregs.apic_base = value
-    return True
