@@ -41,6 +41,10 @@ COMMANDS = {
         "softcvm.cli.exec",
         "run an unmodified program as if this machine had SEV-SNP",
     ),
+    "selftests": (
+        "softcvm.cli.selftests",
+        "run the kernel's own KVM selftests on the software host",
+    ),
     "trace": (
         "softcvm.cli.trace",
         "list what a recorded run did, or what happened to one page of it",
