@@ -252,7 +252,9 @@ def _fcntl(sup: "Supervisor", thread: Thread, call: Notification) -> int:
         cloexec = command == _F_DUPFD_CLOEXEC
         return sup.model(thread, call, files.dup_to(fd, number, cloexec=cloexec))
     if command == _F_GETFL:
-        return os.O_RDWR | _O_LARGEFILE
+        reads = files.fds[fd]
+        mode = os.O_RDONLY if reads and reads.kind is FileKind.STATS else os.O_RDWR
+        return mode | _O_LARGEFILE
     if command == _F_SETFD:
         files.set_close_on_exec(fd, on=bool(call.args[2] & _FD_CLOEXEC))
     return CARRY_ON  # the stand-in's descriptor has the same flags
@@ -272,12 +274,45 @@ def _no_io(sup: "Supervisor", thread: Thread, call: Notification) -> int:
     return CARRY_ON if _emulated(thread, call.args[0]) is None else -EINVAL
 
 
+def _read(sup: "Supervisor", thread: Thread, call: Notification) -> int:
+    return _read_at(sup, thread, call, None)
+
+
+def _pread(sup: "Supervisor", thread: Thread, call: Notification) -> int:
+    return _read_at(sup, thread, call, _long(call.args[3]))
+
+
+def _read_at(sup: "Supervisor", thread: Thread, call: Notification, offset: int | None) -> int:
+    """KVM's statistics can be read; of the other files none has the operation."""
+    if _emulated(thread, call.args[0]) is None:
+        return CARRY_ON
+    fd, addr, size = call.args[0] & _U32, call.args[1], call.args[2]
+    return sup.model(
+        thread, call, dispatch.sys_read(thread.process.proc, fd, addr, size, offset)
+    )
+
+
+def _no_write(sup: "Supervisor", thread: Thread, call: Notification) -> int:
+    file = _emulated(thread, call.args[0])
+    if file is not None and file.kind is FileKind.STATS:
+        return -EBADF  # opened for reading
+    return _no_io(sup, thread, call)
+
+
+def _no_readv(sup: "Supervisor", thread: Thread, call: Notification) -> int:
+    file = _emulated(thread, call.args[0])
+    if file is not None and file.kind is FileKind.STATS:
+        raise Unmodelled("readv() of KVM's statistics")
+    return _no_io(sup, thread, call)
+
+
 def _lseek(sup: "Supervisor", thread: Thread, call: Notification) -> int:
     """noop_llseek() of KVM's own files; a guest_memfd and /dev/sev have none."""
     file = _emulated(thread, call.args[0])
     if file is None:
         return CARRY_ON
-    return 0 if file.kind in (FileKind.DEV_KVM, FileKind.VM, FileKind.VCPU) else -ESPIPE
+    has = (FileKind.DEV_KVM, FileKind.VM, FileKind.VCPU, FileKind.STATS)
+    return 0 if file.kind in has else -ESPIPE
 
 
 def _ftruncate(sup: "Supervisor", thread: Thread, call: Notification) -> int:
@@ -346,12 +381,12 @@ HANDLERS: dict[int, Handler] = {
     Nr.DUP3: _dup3,
     Nr.FCNTL: _fcntl,
     Nr.FALLOCATE: _fallocate,
-    Nr.READ: _no_io,
-    Nr.WRITE: _no_io,
-    Nr.PREAD64: _no_io,
-    Nr.PWRITE64: _no_io,
-    Nr.READV: _no_io,
-    Nr.WRITEV: _no_io,
+    Nr.READ: _read,
+    Nr.WRITE: _no_write,
+    Nr.PREAD64: _pread,
+    Nr.PWRITE64: _no_write,
+    Nr.READV: _no_readv,
+    Nr.WRITEV: _no_write,
     Nr.LSEEK: _lseek,
     Nr.FTRUNCATE: _ftruncate,
     Nr.FSTAT: _fstat,

@@ -16,6 +16,7 @@ from softcvm.kernel.mm.uaccess import UserPtr
 from softcvm.kernel.virt.kvm.gmem_inode import GmemFile
 from softcvm.kernel.virt.kvm.gmem_mmap import GmemVmOps, VcpuVmOps
 from softcvm.kernel.virt.kvm.kvm_main import Kvm, KvmVcpu
+from softcvm.kernel.virt.kvm.stats import StatsFile, kvm_stats_read
 from softcvm.sim.addr import PAGE_MASK, Hva
 from softcvm.sim.steps import Steps
 from softcvm.uapi.dev_kvm import kvm_dev_ioctl
@@ -38,6 +39,7 @@ __all__ = (
     "sys_mmap",
     "sys_munmap",
     "sys_open",
+    "sys_read",
     "sys_send_fd",
 )
 
@@ -92,6 +94,12 @@ def sys_ioctl(proc: "Process", fd: int, request: int, arg: int | bytearray) -> S
         if linux.tp.emit:
             linux.tp.emit(Ioctl(ioctl_name(request), kind, result, errno, why))
     return result
+
+
+def sys_read(proc: "Process", fd: int, addr: int, size: int, offset: int | None) -> Steps[int]:
+    """read(2), or pread(2) at an offset: of KVM's statistics; no other file here has the operation."""
+    steps = _read(proc, fd, addr, size, offset)
+    return (yield from _syscall(proc, "read", (fd, addr, size), steps))
 
 
 def sys_fallocate(proc: "Process", fd: int, mode: int, offset: int, length: int) -> Steps[None]:
@@ -184,6 +192,16 @@ def _ioctl(proc: "Process", file: File, request: int, arg: int | bytearray) -> S
             return sev_dev_ioctl(proc, request, argp)
         case _:
             raise KernelError(ENOTTY, f"a {file.kind.value} file has no ioctls")
+
+
+def _read(proc: "Process", fd: int, addr: int, size: int, offset: int | None) -> Steps[int]:
+    file = proc.files.fget(fd)
+    try:
+        if not isinstance(file.private, StatsFile) or (offset is not None and offset < 0):
+            raise KernelError(EINVAL, f"fd {fd} cannot be read at {offset}")
+        return (yield from kvm_stats_read(file.private, proc, addr, size, offset))
+    finally:
+        proc.linux.task_work.fput(file)
 
 
 def _fallocate(proc: "Process", fd: int, mode: int, offset: int, length: int) -> Steps[None]:

@@ -37,6 +37,7 @@ from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_tsc_khz, kvm_vcpu_ioctl_devi
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_arch_vcpu_ioctl_run
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
+from softcvm.kernel.virt.kvm.stats import kvm_get_stats_fd
 from softcvm.sim.steps import Steps
 from softcvm.uapi.msrs import msr_io
 from softcvm.uapi.numbers import IOCTL_NAMES, ioctl_name, is_kvm_ioctl
@@ -72,7 +73,6 @@ _SIZES = {
 _UNMODELLED = frozenset(
     {
         k.KVM_TRANSLATE,
-        k.KVM_GET_STATS_FD,
         k.KVM_GET_LAPIC,
         k.KVM_SET_LAPIC,
         k.KVM_INTERRUPT,
@@ -147,6 +147,8 @@ def _locked(
             return (yield from msr_io(argp, lambda i, _: kvm_get_msr(vcpu, i, host=True)))
         case k.KVM_SET_MSRS:
             return (yield from msr_io(argp, partial(_set_msr, vcpu), writeback=False))
+        case k.KVM_GET_STATS_FD:
+            return kvm_get_stats_fd(vcpu.kvm, vcpu, proc)
         case k.KVM_SET_SIGNAL_MASK:
             vcpu.sigset = yield from _signal_mask(argp)
             return 0

@@ -38,6 +38,7 @@ from softcvm.kernel.virt.kvm.mem_attributes import kvm_vm_ioctl_set_mem_attribut
 from softcvm.kernel.virt.kvm.memslots import (
     kvm_vm_ioctl_set_memory_region,
 )
+from softcvm.kernel.virt.kvm.stats import kvm_get_stats_fd
 from softcvm.sim.steps import Steps
 from softcvm.uapi.numbers import IOCTL_NAMES, ioctl_name
 
@@ -57,7 +58,6 @@ _UNMODELLED = frozenset(
         k.KVM_IRQ_LINE_STATUS,
         k.KVM_SET_GSI_ROUTING,
         k.KVM_CREATE_DEVICE,
-        k.KVM_GET_STATS_FD,
         k.KVM_CREATE_PIT,
         k.KVM_CREATE_PIT2,
         k.KVM_GET_IRQCHIP,
@@ -146,6 +146,8 @@ def kvm_vm_ioctl(
             return kvm.arch.default_tsc_khz
         case k.KVM_SET_TSC_KHZ:
             kvm_set_default_tsc_khz(kvm, arg)
+        case k.KVM_GET_STATS_FD:
+            return kvm_get_stats_fd(kvm, None, proc)
         case k.KVM_SET_BOOT_CPU_ID:
             yield from _set_boot_cpu_id(kvm, arg)
         case k.KVM_SET_TSS_ADDR:

@@ -24,6 +24,7 @@ class FileKind(Enum):
     VM = "kvm-vm"
     VCPU = "kvm-vcpu"
     GUEST_MEMFD = "kvm-gmem"
+    STATS = "kvm-stats"
     DEV_SEV = "sev"
     FOREIGN = "foreign"
     """A file that is none of the model's: a caught program's own."""

@@ -10,6 +10,7 @@ slots_lock (memslots and attributes), srcu (readers of memslots), mmu_lock (page
 invalidation state).
 """
 
+from collections import Counter
 from errno import EEXIST, EINVAL, EIO
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -135,6 +136,7 @@ class Kvm(State):
     saved = (
         "id",
         "mm",
+        "creator_pid",
         "users_count",
         "memslots",
         "nr_memslot_pages",
@@ -164,8 +166,9 @@ class Kvm(State):
 
     memslots: list[Memslots]
 
-    def __init__(self, linux: Linux, mm: "MmStruct", vm_type: VmType) -> None:
+    def __init__(self, linux: Linux, mm: "MmStruct", vm_type: VmType, pid: int) -> None:
         self.linux = linux
+        self.creator_pid = pid
         self.id = linux.next_vm
         linux.next_vm += 1
         self.mm = mm
@@ -290,7 +293,7 @@ _VCPU_PAGES = 2
 class KvmVcpu(State):
     """struct kvm_vcpu.  `run` is the page that the VMM maps at offset 0 of the vCPU's fd."""
 
-    saved = ("vcpu_id", "vcpu_idx", "run", "pio_data", "dirty_ring", "sigset", "arch")
+    saved = ("vcpu_id", "vcpu_idx", "run", "pio_data", "dirty_ring", "sigset", "stat", "arch")
     derived = {
         "kvm": "the VM, which lists this vCPU",
         "mutex": "free at quiescent points",
@@ -307,6 +310,8 @@ class KvmVcpu(State):
         self.pio_data = shared[PAGE_SIZE : 2 * PAGE_SIZE]
         self.dirty_ring = KvmDirtyRing(kvm.dirty_ring_size) if kvm.dirty_ring_size else None
         self.proc: Process | None = None
+        self.stat: Counter[str] = Counter()
+        """struct kvm_vcpu_stat, by name; what was never counted is 0."""
         self.sigset: int | None = None
         """KVM_SET_SIGNAL_MASK: signals that are blocked during KVM_RUN; None: those of the thread."""
         self.arch = VcpuArch(
@@ -336,7 +341,7 @@ def kvm_create_vm(proc: "Process", vm_type: int) -> Steps[int]:
     try:
         if vm_type >= 32 or not kvm_supported_vm_types(linux) >> vm_type & 1:
             raise KernelError(EINVAL, f"VM type {vm_type:#x} is not supported")
-        kvm = Kvm(linux, proc.mm, VmType(vm_type))
+        kvm = Kvm(linux, proc.mm, VmType(vm_type), proc.pid)
         linux.kvm_x86_ops.vm_init(kvm)
     except KernelError:
         proc.files.put_unused_fd(fd)

@@ -111,6 +111,7 @@ def _ioctl_run(vcpu: "KvmVcpu", proc: "Process", wants_to_run: bool) -> Steps[No
     while (yield from _vcpu_step(vcpu, proc)):
         if proc.signal_pending():
             run.exit_reason = KvmExit.INTR
+            vcpu.stat["signal_exits"] += 1
             raise KernelError(EINTR, "signal")
         if kvm.linux.task_work.pending:  # xfer_to_guest_mode_handle_work()
             kvm.srcu.release_read()
@@ -154,6 +155,7 @@ def _vcpu_enter_guest(vcpu: "KvmVcpu") -> Steps[int]:
     if arch.mp_state is MpState.INIT_RECEIVED:
         return 1
     arch.has_run = True
+    vcpu.stat["exits"] += 1
     return (yield from kvm.ops.vcpu_run(vcpu))
 
 
@@ -193,6 +195,7 @@ def kvm_emulate_hypercall(
     """
     if not long_mode:
         nr, args = nr & 0xFFFF_FFFF, tuple(a & 0xFFFF_FFFF for a in args)  # type: ignore[assignment]
+    vcpu.stat["hypercalls"] += 1
     if cpl:
         return -_KVM_EPERM & _U64
     if nr != KVM_HC_MAP_GPA_RANGE:

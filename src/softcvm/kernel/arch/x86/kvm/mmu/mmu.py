@@ -67,6 +67,13 @@ class RetPf(IntEnum):
     SPURIOUS = 6
 
 
+_COUNTED = {
+    RetPf.EMULATE: "pf_emulate",
+    RetPf.FIXED: "pf_fixed",
+    RetPf.SPURIOUS: "pf_spurious",
+}
+
+
 class KvmPageFault(NamedTuple):
     """KVM resolved, or refused, a fault on gfn (Linux: tracepoint kvm_page_fault)."""
 
@@ -117,7 +124,10 @@ def kvm_mmu_page_fault(vcpu: "KvmVcpu", gpa: Gpa, error_code: int) -> Steps[RetP
         kvm.linux.warn("kvm_mmu_page_fault", f"reserved-bit fault on private GPA {gpa:#x}")
         raise KernelError(EFAULT, "emulated MMIO is never private")
     kvm.linux.counters.npf += 1
+    vcpu.stat["pf_taken"] += 1
     result, _ = yield from _do_page_fault(vcpu, gfn, 1, error_code, prefetch=False)
+    if result in _COUNTED:
+        vcpu.stat[_COUNTED[result]] += 1
     return result
 
 

@@ -136,6 +136,7 @@ def _find(vcpu: "KvmVcpu", function: int, index: int) -> KvmCpuidEntry2 | None:
 
 def kvm_emulate_halt(vcpu: "KvmVcpu") -> int:
     svm_skip_emulated_instruction(vcpu)
+    vcpu.stat["halt_exits"] += 1
     return _halt(vcpu, MpState.HALTED, KvmExit.HLT)
 
 
@@ -173,6 +174,7 @@ def _io_interception(vcpu: "KvmVcpu") -> Steps[int]:
     incoming = bool(info & IoioInfo.IN)
     data = bytes(size) if incoming else vcpu.arch.regs.rax.to_bytes(8, "little")[:size]
     vcpu.pio_data[:size] = data
+    vcpu.stat["io_exits"] += 1
     run.exit_reason = KvmExit.IO
     run.io_direction = _KVM_EXIT_IO_IN if incoming else _KVM_EXIT_IO_OUT
     run.io_size = size
@@ -244,6 +246,7 @@ def _next_piece(vcpu: "KvmVcpu", io: StringIo) -> int:
     length = count * io.size
     data = bytes(length) if io.incoming else sev_es.read_scratch(io.done * io.size, length)
     vcpu.pio_data[:length] = data
+    vcpu.stat["io_exits"] += 1
     run.exit_reason = KvmExit.IO
     run.io_direction = _KVM_EXIT_IO_IN if io.incoming else _KVM_EXIT_IO_OUT
     run.io_size = io.size
@@ -286,6 +289,7 @@ def sev_es_mmio(vcpu: "KvmVcpu", *, write: bool) -> Steps[int]:
     if length > _KVM_MMIO_SIZE:
         raise Unmodelled(f"VMGEXIT MMIO of {length} bytes (GHCB version 1)")
     run = vcpu.run
+    vcpu.stat["mmio_exits"] += 1
     run.exit_reason = KvmExit.MMIO
     run.mmio_phys_addr = vcpu.arch.svm.vmcb.exit_info_1
     run.mmio_len = length
