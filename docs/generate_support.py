@@ -42,6 +42,7 @@ NOTES = {
     "KVM_SET_SIGNAL_MASK": "a signal that only this mask blocks still ends KVM_RUN under exec",
     "KVM_SET_DEVICE_ATTR": "vCPU: the TSC offset, stored",
     "KVM_GET_STATS_FD": "names and form of Linux; counted is what the model does, times and the rest are zero",
+    "KVM_SET_LAPIC": "stored, no effect; a running timer or an interrupt to deliver is Unmodelled",
     "KVM_SET_SREGS2": "with PDPTRs Unmodelled",
     "KVM_SET_USER_MEMORY_REGION2": "GUEST_MEMFD: VMs with private memory in 6.12, every VM from 6.18",
     "KVM_CREATE_GUEST_MEMFD": "flags from 6.18; folios of 4K, or 2M by option",

@@ -30,6 +30,12 @@ from softcvm.kernel.arch.x86.kvm import regs
 from softcvm.kernel.arch.x86.kvm.enable_cap import kvm_vcpu_ioctl_enable_cap
 from softcvm.kernel.arch.x86.kvm.events import get_vcpu_events, set_vcpu_events
 from softcvm.kernel.arch.x86.kvm.lapic import kvm_apic_accept_events
+from softcvm.kernel.arch.x86.kvm.lapic_state import (
+    KVM_APIC_REG_SIZE,
+    kvm_apic_get_state,
+    kvm_apic_set_state,
+    refuse_without_lapic,
+)
 from softcvm.kernel.arch.x86.kvm.mmu.mmu import kvm_arch_vcpu_pre_fault_memory
 from softcvm.kernel.arch.x86.kvm.msrs import kvm_get_msr, kvm_set_msr, kvm_x86_setup_mce
 from softcvm.kernel.arch.x86.kvm.sregs import get_sregs, get_sregs2, set_sregs, set_sregs2
@@ -73,8 +79,6 @@ _SIZES = {
 _UNMODELLED = frozenset(
     {
         k.KVM_TRANSLATE,
-        k.KVM_GET_LAPIC,
-        k.KVM_SET_LAPIC,
         k.KVM_INTERRUPT,
         k.KVM_NMI,
         k.KVM_SMI,
@@ -149,6 +153,13 @@ def _locked(
             return (yield from msr_io(argp, partial(_set_msr, vcpu), writeback=False))
         case k.KVM_GET_STATS_FD:
             return kvm_get_stats_fd(vcpu.kvm, vcpu, proc)
+        case k.KVM_GET_LAPIC:
+            yield from argp.write(kvm_apic_get_state(vcpu))
+            return 0
+        case k.KVM_SET_LAPIC:
+            refuse_without_lapic(vcpu)
+            kvm_apic_set_state(vcpu, (yield from argp.read(KVM_APIC_REG_SIZE)))
+            return 0
         case k.KVM_SET_SIGNAL_MASK:
             vcpu.sigset = yield from _signal_mask(argp)
             return 0

@@ -31,6 +31,7 @@ __all__ = (
 )
 
 APIC_BASE_EXTD, APIC_BASE_ENABLE = 1 << 10, 1 << 11
+_ID = 0x20
 _APIC_BASE_RESERVED = 0x2FF
 X2APIC_ID, X2APIC_ICR = 0x802, 0x830
 _ICR_RESERVED = 0xFFF << 20 | 3 << 16 | 1 << 13
@@ -68,7 +69,8 @@ def kvm_apic_has_pending_init_or_sipi(vcpu: "KvmVcpu") -> bool:
 
 def kvm_set_apic_base(vcpu: "KvmVcpu", value: int, *, host: bool) -> bool:
     """A guest gets no way from x2APIC back to xAPIC, nor from off straight to x2APIC; user space does."""
-    sregs, mode = vcpu.arch.sregs, APIC_BASE_EXTD | APIC_BASE_ENABLE
+    arch, sregs = vcpu.arch, vcpu.arch.sregs
+    mode = APIC_BASE_EXTD | APIC_BASE_ENABLE
     has_x2apic = guest_cpuid_has(vcpu, *Feature.X2APIC.value)
     reserved = _APIC_BASE_RESERVED | (0 if has_x2apic else APIC_BASE_EXTD)
     if value & reserved or value >> cpuid_maxphyaddr(vcpu) or value & mode == APIC_BASE_EXTD:
@@ -77,6 +79,11 @@ def kvm_set_apic_base(vcpu: "KvmVcpu", value: int, *, host: bool) -> bool:
     if not host and ((old == mode and new == APIC_BASE_ENABLE) or (old == 0 and new == mode)):
         return False
     sregs.apic_base = value
+    if (old ^ new) and new and arch.apic_page is not None:  # its ID is that of the new mode
+        id_ = vcpu.vcpu_id if new == mode else vcpu.vcpu_id << 24 & 0xFFFF_FFFF
+        arch.apic_page = (
+            arch.apic_page[:_ID] + id_.to_bytes(4, "little") + arch.apic_page[_ID + 4 :]
+        )
     return True
 
 
@@ -148,6 +155,7 @@ def kvm_vcpu_reset(vcpu: "KvmVcpu") -> Steps[None]:
     arch.debugregs.data[:] = bytes(arch.debugregs.SIZE)
     arch.debugregs.dr6, arch.debugregs.dr7 = _DR6_ACTIVE_LOW, _DR7_FIXED_1
     arch.regs = KvmRegs(rdx=eax)
+    arch.apic_page = None
     yield from vcpu.kvm.ops.vcpu_reset(vcpu)
     arch.regs.rflags, arch.regs.rip = 2, 0xFFF0
     sregs = reset_sregs()

@@ -96,6 +96,7 @@ class VcpuArch(State):
         "requests",
         "apic_init",
         "apic_sipi",
+        "apic_page",
         "svm",
     )
     derived = {
@@ -132,6 +133,8 @@ class VcpuArch(State):
         self.requests = KvmRequest(0)
         self.apic_init = self.apic_sipi = False
         """INIT and SIPI that the local APIC holds until the vCPU takes them (pending_events)."""
+        self.apic_page: bytes | None = None
+        """Registers of the local APIC (lapic_state.py); None: as after reset.  # stored, no effect"""
         self.in_guest = False
         """vcpu->mode is IN_GUEST_MODE: a kick must send an interrupt."""
 
