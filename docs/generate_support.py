@@ -48,7 +48,7 @@ NOTES = {
     "KVM_CREATE_GUEST_MEMFD": "flags from 6.18; folios of 4K, or 2M by option",
     "KVM_SET_MEMORY_ATTRIBUTES": "in place by option (7.3)",
     "KVM_PRE_FAULT_MEMORY": "EAGAIN for a slot that goes: from 6.18",
-    "KVM_RUN": "SNP; other VM types Unmodelled",
+    "KVM_RUN": "every VM type; registers in kvm_run (SYNC_REGS)",
     "KVM_MEMORY_ENCRYPT_OP": "commands below",
 }
 EXIT_NOTES = {

@@ -18,8 +18,9 @@ from softcvm.kernel.arch.x86.kvm.lapic import (
     kvm_apic_has_pending_init_or_sipi,
     kvm_vcpu_reset,
 )
+from softcvm.kernel.arch.x86.kvm.sync_regs import check_sync_regs, store_regs, sync_regs
 from softcvm.kernel.arch.x86.kvm.vcpu import KvmRequest
-from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.errors import KernelError
 from softcvm.sim.addr import PAGE_MASK
 from softcvm.sim.steps import Point, Steps, Wait
 
@@ -69,6 +70,7 @@ def kvm_arch_vcpu_ioctl_run(vcpu: "KvmVcpu", proc: "Process") -> Steps[int]:
         kvm.srcu.release_read()
         vcpu.proc = None
         kvm.linux.lockdep.current.sigmask = None
+        store_regs(vcpu)
         run.ready_for_interrupt_injection = int(not kvm.arch.irqchip)
         run.cr8 = vcpu.arch.sregs.cr8
         run.apic_base = vcpu.arch.sregs.apic_base
@@ -91,10 +93,9 @@ def _ioctl_run(vcpu: "KvmVcpu", proc: "Process", wants_to_run: bool) -> Steps[No
             run.exit_reason = KvmExit.INTR
             raise KernelError(EINTR, "signal while the vCPU was blocked")
         raise KernelError(EAGAIN, "the vCPU has left UNINITIALIZED; enter again")
-    if run.kvm_valid_regs or run.kvm_dirty_regs:
-        if kvm.arch.has_protected_state or (run.kvm_valid_regs | run.kvm_dirty_regs) & ~7:
-            raise KernelError(EINVAL, "kvm_valid_regs or kvm_dirty_regs")
-        raise Unmodelled("KVM_CAP_SYNC_REGS: registers in kvm_run")
+    check_sync_regs(vcpu)
+    if run.kvm_dirty_regs:
+        sync_regs(vcpu)
     if not kvm.arch.irqchip:
         if run.cr8 & ~0xF:
             raise KernelError(EINVAL, f"cr8 {run.cr8:#x}")
