@@ -21,9 +21,10 @@ from softcvm.abi.kvm.memory import (
     KvmUserspaceMemoryRegion2,
     MemFlag,
 )
-from softcvm.abi.kvm.vcpu import KvmEnableCap
+from softcvm.abi.kvm.vcpu import KvmEnableCap, KvmMsrFilter
 from softcvm.kernel.arch.x86.kvm.caps import kvm_vm_ioctl_check_extension
 from softcvm.kernel.arch.x86.kvm.enable_cap import kvm_vm_ioctl_enable_cap
+from softcvm.kernel.arch.x86.kvm.msr_filter import kvm_set_msr_filter
 from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_default_tsc_khz
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
@@ -75,7 +76,6 @@ _UNMODELLED = frozenset(
         k.KVM_GET_CLOCK,
         k.KVM_HYPERV_EVENTFD,
         k.KVM_SET_PMU_EVENT_FILTER,
-        k.KVM_X86_SET_MSR_FILTER,
         k.KVM_SET_DEVICE_ATTR,
         k.KVM_GET_DEVICE_ATTR,
         k.KVM_HAS_DEVICE_ATTR,
@@ -148,6 +148,9 @@ def kvm_vm_ioctl(
             kvm_set_default_tsc_khz(kvm, arg)
         case k.KVM_GET_STATS_FD:
             return kvm_get_stats_fd(kvm, None, proc)
+        case k.KVM_X86_SET_MSR_FILTER:
+            filter_ = KvmMsrFilter((yield from argp.read(KvmMsrFilter.SIZE)))
+            yield from kvm_set_msr_filter(kvm, proc, filter_)
         case k.KVM_SET_BOOT_CPU_ID:
             yield from _set_boot_cpu_id(kvm, arg)
         case k.KVM_SET_TSS_ADDR:

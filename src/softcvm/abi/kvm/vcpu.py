@@ -17,6 +17,8 @@ __all__ = (
     "KvmFpu",
     "KvmGuestDebug",
     "KvmMpState",
+    "KvmMsrFilter",
+    "KvmMsrFilterRange",
     "KvmRegs",
     "KvmSegment",
     "KvmSregs",
@@ -189,6 +191,23 @@ class KvmVcpuEvents(Layout, size=64):
 
 class KvmMpState(Layout, size=4):
     mp_state = U32(0)
+
+
+class KvmMsrFilterRange(Layout, size=24):
+    flags = U32(0)
+    nmsrs = U32(4)
+    base = U32(8)
+    bitmap = U64(16)
+
+
+class KvmMsrFilter(Layout, size=392):
+    flags = U32(0)
+    ranges = Bytes(8, 384)
+
+    def range_list(self) -> list[KvmMsrFilterRange]:
+        """All sixteen; one without MSRs is not used."""
+        size = KvmMsrFilterRange.SIZE
+        return [KvmMsrFilterRange(self.ranges[n : n + size]) for n in range(0, 16 * size, size)]
 
 
 class KvmGuestDebug(Layout, size=72):

@@ -31,6 +31,7 @@ from softcvm.sim.state import State
 from softcvm.sim.steps import Mutex, RwSem, Steps, lockdep_assert_held
 
 if TYPE_CHECKING:
+    from softcvm.kernel.arch.x86.kvm.msr_filter import MsrRange
     from softcvm.kernel.arch.x86.kvm.ops import X86Ops
     from softcvm.kernel.arch.x86.kvm.svm.sev import KvmSevInfo
     from softcvm.kernel.mm.mmap import MmStruct
@@ -80,6 +81,7 @@ class KvmArch(State):
         "exception_payload_enabled",
         "triple_fault_event",
         "user_space_msr_mask",
+        "msr_filter",
         "exit_on_emulation_error",
         "disabled_exits",
         "apic_bus_cycle_ns",
@@ -106,6 +108,8 @@ class KvmArch(State):
         self.triple_fault_event = False
         self.user_space_msr_mask = 0
         """Reasons for which a refused MSR access leaves to user space (KVM_CAP_X86_USER_SPACE_MSR)."""
+        self.msr_filter: tuple[bool, tuple[MsrRange, ...]] | None = None
+        """KVM_X86_SET_MSR_FILTER: whether other MSRs are allowed, and the ranges."""
         self.exit_on_emulation_error = False
         self.disabled_exits = 0
         """KVM_CAP_X86_DISABLE_EXITS.  # stored, no effect"""

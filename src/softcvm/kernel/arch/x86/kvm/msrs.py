@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = (
     "KVM_MCE_CAP_SUPPORTED",
+    "MsrFault",
+    "guest_get_msr",
+    "guest_set_msr",
     "kvm_get_feature_msr",
     "kvm_get_msr",
     "kvm_set_msr",
@@ -71,7 +74,9 @@ _SPEC_FEATURES = (
 _IBPB = (0x8000_0008, "ebx", 12)
 
 
-class _Missing(Enum):
+class MsrFault(Enum):
+    """Why there is no value, or no write."""
+
     UNSUPPORTED = 0
     """KVM_MSR_RET_UNSUPPORTED: KVM does not have it."""
     REFUSED = 1
@@ -84,9 +89,9 @@ def kvm_get_msr(vcpu: "KvmVcpu", index: int, *, host: bool) -> int | None:
         return value
     _refuse_protected(vcpu, host)
     got = _get(vcpu, index, host)
-    if got is _Missing.UNSUPPORTED and host and index in ADVERTISED:
+    if got is MsrFault.UNSUPPORTED and host and index in ADVERTISED:
         return 0
-    return None if isinstance(got, _Missing) else got
+    return None if isinstance(got, MsrFault) else got
 
 
 def kvm_set_msr(vcpu: "KvmVcpu", index: int, value: int, *, host: bool) -> bool:
@@ -95,9 +100,19 @@ def kvm_set_msr(vcpu: "KvmVcpu", index: int, value: int, *, host: bool) -> bool:
         return True
     _refuse_protected(vcpu, host)
     missing = _set(vcpu, index, value, host)
-    if missing is _Missing.UNSUPPORTED and host and not value and index in ADVERTISED:
+    if missing is MsrFault.UNSUPPORTED and host and not value and index in ADVERTISED:
         return True
     return missing is None
+
+
+def guest_get_msr(vcpu: "KvmVcpu", index: int) -> "int | MsrFault":
+    """RDMSR of a guest that KVM emulates."""
+    return _get(vcpu, index, False)
+
+
+def guest_set_msr(vcpu: "KvmVcpu", index: int, value: int) -> "MsrFault | None":
+    """WRMSR of a guest that KVM emulates."""
+    return _set(vcpu, index, value, False)
 
 
 def kvm_get_feature_msr(linux: "Linux", index: int) -> int | None:
@@ -129,7 +144,7 @@ def _unmodelled_in(vcpu: "KvmVcpu", index: int) -> None:
         raise Unmodelled(f"MSR {index:#x}, of CET")
 
 
-def _get(vcpu: "KvmVcpu", index: int, host: bool) -> "int | _Missing":
+def _get(vcpu: "KvmVcpu", index: int, host: bool) -> "int | MsrFault":
     arch = vcpu.arch
     _unmodelled_in(vcpu, index)
     if index in _BASES:
@@ -148,15 +163,15 @@ def _get(vcpu: "KvmVcpu", index: int, host: bool) -> "int | _Missing":
         case _ if index == _APIC_BASE:
             return arch.sregs.apic_base
         case _ if index in _X2APIC:
-            return _Missing.REFUSED
+            return MsrFault.REFUSED
         case _ if index == _PLATFORM_INFO and not host:
             if not vcpu.kvm.arch.guest_can_read_msr_platform_info:
-                return _Missing.REFUSED
+                return MsrFault.REFUSED
     row = MSRS.get(index)
     if row is None or not row.readable or (row.pv and not guest_pv_has(vcpu, row.pv.value)):
-        return _Missing.UNSUPPORTED
+        return MsrFault.UNSUPPORTED
     if not _guest_may(vcpu, index, row, host):
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     return arch.msrs.get(index, row.reset)
 
 
@@ -169,12 +184,12 @@ def _guest_may(vcpu: "KvmVcpu", index: int, row: Msr, host: bool) -> bool:
     return not row.feature or any(guest_cpuid_has(vcpu, *f.value) for f in row.feature)
 
 
-def _set(vcpu: "KvmVcpu", index: int, value: int, host: bool) -> _Missing | None:
+def _set(vcpu: "KvmVcpu", index: int, value: int, host: bool) -> MsrFault | None:
     """None: done."""
     arch = vcpu.arch
     _unmodelled_in(vcpu, index)
     if index in _CANONICAL and not _canonical(vcpu, value):
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     if index in _BASES:
         name = _BASES[index]
         segment = arch.sregs.segment(name)
@@ -189,26 +204,26 @@ def _set(vcpu: "KvmVcpu", index: int, value: int, host: bool) -> _Missing | None
         case _ if index == _EFER:
             return _set_efer(vcpu, value, host)
         case _ if index == _APIC_BASE:
-            return None if kvm_set_apic_base(vcpu, value, host=host) else _Missing.REFUSED
+            return None if kvm_set_apic_base(vcpu, value, host=host) else MsrFault.REFUSED
         case _ if index in _X2APIC or index == _FLUSH_CMD:
-            return _Missing.REFUSED
+            return MsrFault.REFUSED
         case _ if index == _PAT:
             types = {value >> shift & 0xFF for shift in range(0, 64, 8)}
             return _kept(vcpu, index, value, ok=types <= _MEMORY_TYPES | {7})
         case _ if index == _TSC_RATIO and not _can_scale(vcpu):
             ok = host and value in (0, arch.msrs.get(index, MSRS[index].reset))
-            return None if ok else _Missing.REFUSED
+            return None if ok else MsrFault.REFUSED
         case _ if index == _VM_CR:
             return _set_vm_cr(vcpu, value)
     row = MSRS.get(index)
     if row is None or row.writer is Writer.NOBODY:
-        return _Missing.UNSUPPORTED
+        return MsrFault.UNSUPPORTED
     if row.pv and not guest_pv_has(vcpu, row.pv.value):
-        return _Missing.UNSUPPORTED
+        return MsrFault.UNSUPPORTED
     if not _guest_may(vcpu, index, row, host) or (row.writer is Writer.HOST and not host):
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     if value & ~row.allowed or not _more_rules(vcpu, index, value, host):
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     if row.writer is Writer.DROPPED or (row.writer is Writer.HOST_ONLY_KEPT and not host):
         return None
     _keep(vcpu, index, value, row, host)
@@ -267,9 +282,9 @@ def _more_rules(vcpu: "KvmVcpu", index: int, value: int, host: bool) -> bool:
             return True
 
 
-def _kept(vcpu: "KvmVcpu", index: int, value: int, *, ok: bool) -> _Missing | None:
+def _kept(vcpu: "KvmVcpu", index: int, value: int, *, ok: bool) -> MsrFault | None:
     if not ok:
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     vcpu.arch.msrs[index] = value
     return None
 
@@ -289,43 +304,43 @@ def _can_scale(vcpu: "KvmVcpu") -> bool:
     return guest_cpuid_has(vcpu, *Feature.TSCRATEMSR.value)
 
 
-def _set_efer(vcpu: "KvmVcpu", value: int, host: bool) -> _Missing | None:
+def _set_efer(vcpu: "KvmVcpu", value: int, host: bool) -> MsrFault | None:
     sregs, linux = vcpu.arch.sregs, vcpu.kvm.linux
     known = _EFER_SCE | _EFER_LME | _EFER_LMA | _EFER_SVME
     for bits, feature in _EFER_FEATURES:
         if kvm_cpu_cap_has(linux, *feature):
             known |= bits
     if value & ~known:
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     if not host:
         if any(value & bits and not guest_cpuid_has(vcpu, *f) for bits, f in _EFER_FEATURES):
-            return _Missing.REFUSED
+            return MsrFault.REFUSED
         if sregs.cr0 & _CR0_PG and (sregs.efer ^ value) & _EFER_LME:
-            return _Missing.REFUSED
+            return MsrFault.REFUSED
     sregs.efer = value & ~_EFER_LMA | sregs.efer & _EFER_LMA
     return None
 
 
-def _set_vm_cr(vcpu: "KvmVcpu", value: int) -> _Missing | None:
+def _set_vm_cr(vcpu: "KvmVcpu", value: int) -> MsrFault | None:
     """svm_set_vm_cr(): once SVM is disabled, LOCK and SVMDIS stay."""
     old = vcpu.arch.msrs.get(_VM_CR, 0)
     change = 0x1F & ~(0x18 if old & 0x10 else 0)
     if value & ~0x1F:
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     new = old & ~change | value & change
     vcpu.arch.msrs[_VM_CR] = new
     disabled = new & 0x10 and vcpu.arch.sregs.efer & _EFER_SVME
-    return _Missing.REFUSED if disabled else None
+    return MsrFault.REFUSED if disabled else None
 
 
 # Memory types
 
 
-def _get_mtrr(vcpu: "KvmVcpu", index: int) -> "int | _Missing":
+def _get_mtrr(vcpu: "KvmVcpu", index: int) -> "int | MsrFault":
     if index == _MTRR_CAP:
         return 0x500 | len(_MTRR_VAR) // 2  # write combining, fixed ranges
     if index not in _MTRR_VAR and index not in _MTRR_FIXED and index != _MTRR_DEF:
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     return vcpu.arch.msrs.get(index, 0)
 
 
@@ -357,19 +372,19 @@ def kvm_x86_setup_mce(vcpu: "KvmVcpu", cap: int) -> None:
         vcpu.arch.msrs[_MC_BANKS.start + 4 * bank] = _U64
 
 
-def _get_mce(vcpu: "KvmVcpu", index: int, host: bool) -> "int | _Missing":
+def _get_mce(vcpu: "KvmVcpu", index: int, host: bool) -> "int | MsrFault":
     cap = vcpu.arch.mcg_cap
     if index == _MCG_CAP:
         return cap
     if (index in _MC_BANKS and index - 0x400 >= 4 * (cap & 0xFF)) or (
         index in _MC_CTL2 and index - 0x280 >= cap & 0xFF
     ):
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     if not host and (
         (index == _MCG_CTL and not cap & _MCG_CTL_P)
         or (index in _MC_CTL2 and not cap & _MCG_CMCI_P)
     ):
-        return _Missing.REFUSED
+        return MsrFault.REFUSED
     return vcpu.arch.msrs.get(index, 0)
 
 

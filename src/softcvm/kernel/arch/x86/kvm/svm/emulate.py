@@ -59,7 +59,7 @@ def svm_invoke_exit_handler(vcpu: "KvmVcpu", code: GhcbExit) -> Steps[int]:
         case GhcbExit.IOIO:
             return (yield from _io_interception(vcpu))
         case GhcbExit.MSR:
-            return svm_skip_emulated_instruction(vcpu) if msr_interception(vcpu) else 1
+            return msr_interception(vcpu, svm_skip_emulated_instruction)
         case GhcbExit.VMMCALL:
             return _vmmcall_interception(vcpu)
         case GhcbExit.READ_DR7 | GhcbExit.WRITE_DR7:

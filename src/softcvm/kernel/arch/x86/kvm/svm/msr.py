@@ -4,8 +4,10 @@ Owns the MSRs of the local APIC, by which a guest starts its other processors, a
 an SEV-ES guest accesses without KVM.  Every other MSR is that of the ioctls (msrs.py), or Unmodelled.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.svm import EventInj, Vector
 from softcvm.kernel.arch.x86.kvm.lapic import (
     X2APIC_ICR,
@@ -14,9 +16,17 @@ from softcvm.kernel.arch.x86.kvm.lapic import (
     kvm_x2apic_icr_write,
     x2apic_mode,
 )
-from softcvm.kernel.arch.x86.kvm.msrs import kvm_get_msr, kvm_set_msr
+from softcvm.kernel.arch.x86.kvm.msr_filter import (
+    MSR_READ,
+    MSR_WRITE,
+    MsrExit,
+    kvm_msr_allowed,
+    kvm_msr_user_space,
+)
+from softcvm.kernel.arch.x86.kvm.msrs import MsrFault, guest_get_msr, guest_set_msr
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_es_guest
 from softcvm.kernel.errors import Unmodelled
+from softcvm.sim.steps import Steps
 
 if TYPE_CHECKING:
     from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
@@ -27,6 +37,7 @@ _U32 = (1 << 32) - 1
 _APIC_BASE = 0x1B
 _X2APIC_MSRS = range(0x800, 0x900)
 _EVTINJ_GP = int(Vector.GP | EventInj.TYPE_EXCEPTION | EventInj.VALID)
+_REASONS = {MsrFault.UNSUPPORTED: MsrExit.UNKNOWN, MsrFault.REFUSED: MsrExit.INVAL}
 _PASSED_THROUGH = frozenset(
     {
         *(0x174, 0x175, 0x176),  # SYSENTER_CS, ESP, EIP
@@ -38,31 +49,62 @@ _PASSED_THROUGH = frozenset(
 """MSRs in the VMSA that KVM does not intercept: it cannot serve them (sev_es_prevent_msr_access())."""
 
 
-def msr_interception(vcpu: "KvmVcpu") -> bool:
-    """One access; a refusal is #GP, which an SEV-ES guest raises itself when it finds it in the GHCB."""
-    regs, svm = vcpu.arch.regs, vcpu.arch.svm
+def msr_interception(vcpu: "KvmVcpu", skip: Callable[["KvmVcpu"], int]) -> int:
+    """One access; a refusal is #GP, or user space's where it asked to be told.
+
+    `skip` is svm_skip_emulated_instruction(); its result, or 0 to leave to user space.
+    """
+    regs = vcpu.arch.regs
     index = regs.rcx & _U32
     if vcpu.arch.svm.vmcb.exit_info_1:
-        done = _set(vcpu, index, (regs.rdx & _U32) << 32 | regs.rax & _U32)
+        data = (regs.rdx & _U32) << 32 | regs.rax & _U32
+        fault = MsrExit.FILTER
+        if kvm_msr_allowed(vcpu, index, MSR_WRITE):
+            refused = _set(vcpu, index, data)
+            if refused is None:
+                return skip(vcpu)
+            fault = _REASONS[refused]
+        exit_ = KvmExit.X86_WRMSR
     else:
-        value = _get(vcpu, index)
-        done = value is not None
-        if value is not None:
-            regs.rax, regs.rdx = value & _U32, value >> 32
-    if done:
-        return True
+        data, fault = 0, MsrExit.FILTER
+        if kvm_msr_allowed(vcpu, index, MSR_READ):
+            value = _get(vcpu, index)
+            if not isinstance(value, MsrFault):
+                regs.rax, regs.rdx = value & _U32, value >> 32
+                return skip(vcpu)
+            fault = _REASONS[value]
+        exit_ = KvmExit.X86_RDMSR
+
+    def complete_msr_access(vcpu: "KvmVcpu") -> Steps[int]:
+        """complete_fast_rdmsr(), complete_fast_msr_access(): user space has decided."""
+        yield from ()
+        run, regs = vcpu.run, vcpu.arch.regs
+        if run.msr_error:
+            return _inject_gp(vcpu)
+        if exit_ is KvmExit.X86_RDMSR:
+            regs.rax, regs.rdx = run.msr_data & _U32, run.msr_data >> 32
+        return skip(vcpu)
+
+    if kvm_msr_user_space(vcpu, exit_, index, data, fault, complete_msr_access):
+        return 0
+    return _inject_gp(vcpu)
+
+
+def _inject_gp(vcpu: "KvmVcpu") -> int:
+    """An SEV-ES guest raises it itself when it finds it in the GHCB."""
+    svm = vcpu.arch.svm
     if svm.sev_es.ghcb is not None:
         svm.sev_es.ghcb.set(sw_exit_info_1=1, sw_exit_info_2=_EVTINJ_GP)
     else:
         svm.vmcb.event_inj = _EVTINJ_GP | EventInj.ERROR_CODE_VALID  # kvm_inject_gp(vcpu, 0)
-    return False
+    return 1
 
 
-def _get(vcpu: "KvmVcpu", index: int) -> int | None:
+def _get(vcpu: "KvmVcpu", index: int) -> "int | MsrFault":
     if not sev_es_guest(vcpu.kvm) and index != _APIC_BASE and index not in _X2APIC_MSRS:
-        return kvm_get_msr(vcpu, index, host=False)
+        return guest_get_msr(vcpu, index)
     if index in _PASSED_THROUGH or (index in _X2APIC_MSRS and not x2apic_mode(vcpu)):
-        return None
+        return MsrFault.REFUSED
     match index:
         case _ if index == _APIC_BASE:
             return vcpu.arch.sregs.apic_base
@@ -72,15 +114,15 @@ def _get(vcpu: "KvmVcpu", index: int) -> int | None:
             raise Unmodelled(f"VMGEXIT RDMSR {index:#x}")
 
 
-def _set(vcpu: "KvmVcpu", index: int, value: int) -> bool:
+def _set(vcpu: "KvmVcpu", index: int, value: int) -> MsrFault | None:
     if not sev_es_guest(vcpu.kvm) and index != _APIC_BASE and index not in _X2APIC_MSRS:
-        return kvm_set_msr(vcpu, index, value, host=False)
+        return guest_set_msr(vcpu, index, value)
     if index in _PASSED_THROUGH or (index in _X2APIC_MSRS and not x2apic_mode(vcpu)):
-        return False
+        return MsrFault.REFUSED
     match index:
         case _ if index == _APIC_BASE:
-            return kvm_set_apic_base(vcpu, value, host=False)
+            return None if kvm_set_apic_base(vcpu, value, host=False) else MsrFault.REFUSED
         case _ if index == X2APIC_ICR:
-            return kvm_x2apic_icr_write(vcpu, value)
+            return None if kvm_x2apic_icr_write(vcpu, value) else MsrFault.REFUSED
         case _:
             raise Unmodelled(f"VMGEXIT WRMSR {index:#x}")
