@@ -61,6 +61,10 @@ class ExitCode(IntEnum):
 
 class Vector(IntEnum):
     UD = 6
+    DF = 8
+    TS = 10
+    NP = 11
+    SS = 12
     GP = 13
     PF = 14
     VC = 29

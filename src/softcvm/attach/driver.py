@@ -9,7 +9,7 @@ Lock: `_model`, never held while a thread sleeps in the model.
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import monotonic
+from time import sleep
 from typing import TypeVar
 
 from softcvm.sim.steps import Lockdep, Point, Steps, Task, Wait
@@ -17,33 +17,38 @@ from softcvm.sim.steps import Lockdep, Point, Steps, Task, Wait
 __all__ = ("Driver",)
 
 T = TypeVar("T")
+_MOMENT = 0.0001
+"""Seconds between two looks whether everybody who wants the model has had it."""
 _LOOK = 0.005
 """Seconds after which a sleeper looks again for what nobody announces: a signal."""
-_SLICE = 0.002
-"""Seconds after which a call lets others in."""
 
 
 class Driver:
     """Runs steps of one machine, for any number of threads."""
 
-    def __init__(self, lockdep: Lockdep, asked: Callable[[Wait, Task], None]) -> None:
-        """asked: told of what a task is about to sleep for, with the model to itself."""
+    def __init__(
+        self, lockdep: Lockdep, asked: Callable[[Wait, Task], None], hurry: Callable[[], None]
+    ) -> None:
+        """asked: told of what a task is about to sleep for, with the model to itself.
+
+        hurry: have guests that run come to a point; called without the model.
+        """
         self._lockdep = lockdep
         self._asked = asked
-        self._model = threading.Condition(threading.Lock())
+        self._hurry = hurry
+        self._model = threading.Lock()
         self._wanted = 0
+        self._news = threading.Condition()
+        """Somebody has left the model: locks may be free."""
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Have the model to oneself, without a task."""
-        self._wanted += 1
-        self._model.acquire()
-        self._wanted -= 1
+        self._acquire()
         try:
             yield
         finally:
-            self._model.notify_all()
-            self._model.release()
+            self._release()
 
     def run(self, steps: Steps[T], task: Task) -> T:
         """Run steps to their end as this task.  What they raise is raised here."""
@@ -55,7 +60,6 @@ class Driver:
 
     def _run(self, steps: Steps[T], task: Task) -> T:
         dep = self._lockdep
-        since = monotonic()
         while True:
             dep.current, dep.straight = task, True
             try:
@@ -68,23 +72,29 @@ class Driver:
                 if isinstance(point.waits_for, Wait):
                     self._asked(point.waits_for, task)
                 while _waits(point):
-                    self._model.notify_all()
-                    self._model.wait(_LOOK)
-                since = monotonic()
-            elif self._wanted and monotonic() - since > _SLICE:
+                    self._release()
+                    with self._news:
+                        self._news.wait(_LOOK)
+                    self._acquire()
+            elif self._wanted:
                 dep.straight = False
-                self._let_in()
-                since = monotonic()
+                self._release()
+                while self._wanted:
+                    sleep(_MOMENT)
+                self._acquire()
 
-    def _let_in(self) -> None:
-        """Whoever waits for the model comes first."""
-        self._model.notify_all()
+    def _acquire(self) -> None:
+        if self._model.acquire(blocking=False):
+            return
+        self._wanted += 1
+        self._hurry()
+        self._model.acquire()
+        self._wanted -= 1
+
+    def _release(self) -> None:
         self._model.release()
-        try:
-            while self._wanted:
-                threading.Event().wait(0.0001)
-        finally:
-            self._model.acquire()
+        with self._news:
+            self._news.notify_all()
 
 
 def _waits(point: Point) -> bool:

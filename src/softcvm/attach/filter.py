@@ -81,10 +81,8 @@ def build_filter() -> list[Line]:
 
 
 def _block(nr: Nr, body: list[Line]) -> list[Line]:
-    """Run the body when the accumulator, the call's number, is nr.  It ends with a return."""
-    if body[-1][0] != _RET:
-        body = [*body, (_RET, 0, 0, _ALLOW)]
-    return [(_JEQ, 0, len(body), int(nr)), *body]
+    """Run the body when the accumulator, the call's number, is nr; what falls out of it is allowed."""
+    return [(_JEQ, 0, len(body) + 1, int(nr)), *body, (_RET, 0, 0, _ALLOW)]
 
 
 def _argument(at: int) -> int:

@@ -40,6 +40,8 @@ __all__ = ("Supervisor",)
 
 _EMPTYING = (4, 8, 9)
 """MADV_DONTNEED, MADV_FREE, MADV_REMOVE."""
+_TICK = 10
+"""Milliseconds between two ticks while guests may run."""
 _GROUP_STOPS = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 
 
@@ -51,7 +53,8 @@ class Supervisor:
         self.machine = machine
         self._memory = memory
         machine.linux.mappable = mappable
-        self.driver = Driver(machine.linux.lockdep, self._asked)
+        machine.vm_machine_code()
+        self.driver = Driver(machine.linux.lockdep, self._asked, self._hurry)
         self.processes: dict[int, Caught] = {}
         self._threads: dict[int, Thread] = {}
         self._early: set[int] = set()
@@ -92,8 +95,13 @@ class Supervisor:
         poller = select.poll()
         poller.register(started.listener, select.POLLIN)
         poller.register(self._wake_read, select.POLLIN)
+        ticked = 0.0
         while True:
-            for fd, events in poller.poll():
+            if self._workers and monotonic() - ticked > _TICK / 1000:
+                ticked = monotonic()
+                for vcpu in self._in_guest():  # the host's timer: KVM looks for signals
+                    vcpu.kvm.ops.vcpu_kick(vcpu)
+            for fd, events in poller.poll(_TICK if self._workers else None):
                 if fd == self._wake_read:
                     os.read(self._wake_read, 4096)
                     status = self._reap(first)
@@ -138,6 +146,14 @@ class Supervisor:
             self._listener.carry_on(call.id)
         else:
             self._listener.answer(call.id, result)
+
+    def _in_guest(self) -> list[KvmVcpu]:
+        vms = self.machine.linux.vm_list
+        return [vcpu for kvm in list(vms) for vcpu in list(kvm.vcpus) if vcpu.arch.in_guest]
+
+    def _hurry(self) -> None:
+        for vcpu in self._in_guest():
+            vcpu.arch.svm.core.interrupt()
 
     # What handlers use
 

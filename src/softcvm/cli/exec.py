@@ -32,6 +32,8 @@ there is none."""
 
 _STATUS_OURS = 125
 _MEMORY = 1 << 36
+_SHADOWS = 1 << 28
+"""Bytes behind DRAM for pages of SEV guests that the program maps too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from softcvm.cli.recording import traced
     from softcvm.sim.errors import Unmodelled
 
-    memory = DramMemory(args.memory)
+    memory = DramMemory(args.memory + _SHADOWS)
     machine = _machine(args, memory)
     try:
         with traced(machine, args.trace):

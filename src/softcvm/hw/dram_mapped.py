@@ -6,12 +6,13 @@ what lies in the memory chips; others hold plaintext of whoever wrote last.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from softcvm.hw.counters import HwCounters
 from softcvm.hw.dram import Dram, Frame
 from softcvm.hw.memenc import Key
 from softcvm.sim.addr import PAGE_SHIFT, PAGE_SIZE
+from softcvm.sim.errors import Unmodelled
 from softcvm.sim.rangemap import RangeMap
 
 __all__ = ("Backing", "MappedDram")
@@ -22,7 +23,7 @@ class Backing(Protocol):
 
     @property
     def view(self) -> memoryview:
-        """All of it, writable."""
+        """All of it, writable; pages behind DRAM's end serve as shadows."""
         ...
 
     def discard(self, start: int, length: int) -> None:
@@ -34,6 +35,15 @@ class Backing(Protocol):
         ...
 
 
+class _Shadow(NamedTuple):
+    """The page that shows a frame through a key, and both contents when they last agreed."""
+
+    page: int
+    key: Key
+    plain: bytes
+    raw: bytes
+
+
 class MappedDram(Dram):
     """Memory of pfn 0 .. pages-1 in a backing of that many pages."""
 
@@ -43,17 +53,27 @@ class MappedDram(Dram):
         "_backing": "holds `contents`",
         "_memory": "the backing's view",
         "_frames": "unused: the backing holds them",
+        "_shadows": "show what the frames hold",
+        "_free_shadows": "as _shadows",
     }
 
     def __init__(self, pages: int, counters: HwCounters, backing: Backing) -> None:
         super().__init__(pages, counters)
-        if len(backing.view) != pages << PAGE_SHIFT:
+        if len(backing.view) < pages << PAGE_SHIFT:
             raise ValueError(f"a backing of {len(backing.view):#x} bytes for {pages:#x} pages")
         self._backing = backing
         self._memory = backing.view
         self._keys: dict[int, Key] = {}
         """Key of the frames that hold plaintext of a guest or of firmware; the others are raw."""
         self._raw: RangeMap[bool] = RangeMap(False)
+        self._shadows: dict[int, _Shadow] = {}
+        """Of pinned frames that a guest uses encrypted, by frame."""
+        self._free_shadows = list(range(pages, len(backing.view) >> PAGE_SHIFT))
+
+    @property
+    def memory(self) -> memoryview:
+        """All of it, as it lies there."""
+        return self._memory
 
     @property
     def contents(self) -> list[tuple[int, Frame]]:
@@ -75,6 +95,50 @@ class MappedDram(Dram):
 
     def unpin_raw(self, pfn: int, npages: int) -> None:
         self._raw.set(pfn, pfn + npages, False)
+        for page in [page for page in self._shadows if pfn <= page < pfn + npages]:
+            self._free_shadows.append(self._shadows.pop(page).page)
+
+    def shadow(self, pfn: int, key: Key) -> int:
+        """A page behind DRAM that shows a pinned frame through a guest's key, while that guest runs.
+
+        sync_in() and sync_out() carry what changed on one side to the other.
+        """
+        found = self._shadows.get(pfn)
+        if found is not None and found.key == key:
+            return found.page
+        if found is None and not self._free_shadows:
+            raise Unmodelled("so many pages of a SEV guest that the program maps too")
+        page = found.page if found is not None else self._free_shadows.pop()
+        raw = self._held(pfn, pfn + 1)
+        plain = key.decrypt(pfn << PAGE_SHIFT, raw)
+        self._memory[page << PAGE_SHIFT : (page + 1) << PAGE_SHIFT] = plain
+        self._shadows[pfn] = _Shadow(page, key, plain, raw)
+        return page
+
+    def sync_in(self, first: int = 0, last: int | None = None) -> None:
+        """Before a guest runs: what was written to the frames from outside shows in their shadows."""
+        for pfn, (page, key, _, raw) in self._shadowed(first, last):
+            now = self._held(pfn, pfn + 1)
+            if now != raw:
+                plain = key.decrypt(pfn << PAGE_SHIFT, now)
+                self._memory[page << PAGE_SHIFT : (page + 1) << PAGE_SHIFT] = plain
+                self._shadows[pfn] = _Shadow(page, key, plain, now)
+
+    def sync_out(self, first: int = 0, last: int | None = None) -> None:
+        """After a guest ran: what it wrote is encrypted into the frames."""
+        for pfn, (page, key, plain, _) in self._shadowed(first, last):
+            now = self._held(page, page + 1)
+            if now != plain:
+                raw = key.encrypt(pfn << PAGE_SHIFT, now)
+                self._memory[pfn << PAGE_SHIFT : (pfn + 1) << PAGE_SHIFT] = raw
+                self._shadows[pfn] = _Shadow(page, key, now, raw)
+
+    def _shadowed(self, first: int, last: int | None) -> "list[tuple[int, _Shadow]]":
+        if last is not None and last - first < len(self._shadows):
+            found = ((pfn, self._shadows.get(pfn)) for pfn in range(first, last))
+            return [(pfn, shadow) for pfn, shadow in found if shadow is not None]
+        end = self.pages if last is None else last
+        return [item for item in self._shadows.items() if first <= item[0] < end]
 
     def pinned(self, pfn: int) -> bool:
         return self._raw[pfn]
@@ -88,6 +152,8 @@ class MappedDram(Dram):
             self.counters.bytes_encrypted += len(data)
         first, last = self._span(spa, len(data))
         at = 0
+        if self._shadows:
+            self.sync_out(first, last + 1)
         for pfn in range(first, last + 1):
             offset = (spa + at) & (PAGE_SIZE - 1)
             piece = data[at : at + PAGE_SIZE - offset]
@@ -99,6 +165,8 @@ class MappedDram(Dram):
                 page[offset : offset + len(piece)] = piece
                 self._store(pfn, bytes(page), key)
             at += len(piece)
+        if self._shadows:
+            self.sync_in(first, last + 1)
 
     def zero(self, pfn: int, npages: int = 1) -> None:
         self._span(pfn << PAGE_SHIFT, npages << PAGE_SHIFT)
@@ -112,7 +180,7 @@ class MappedDram(Dram):
 
     def written(self) -> Iterable[tuple[int, Frame]]:
         for start, end in self._backing.populated():
-            for pfn in range(start, end):
+            for pfn in range(start, min(end, self.pages)):
                 frame = Frame(self._held(pfn, pfn + 1), self._keys.get(pfn))
                 if frame.key is not None or any(frame.data):
                     yield pfn, frame
@@ -135,6 +203,8 @@ class MappedDram(Dram):
         keys = self._keys
         out = []
         pfn = first
+        if self._shadows:
+            self.sync_out(first, end)
         while pfn < end:
             start, held = pfn, keys.get(pfn)
             while pfn < end and keys.get(pfn) == held:

@@ -33,8 +33,11 @@ class Mapping(NamedTuple):
 
 class Npt(State):
     saved = ("map",)
+    derived = {"changes": "counts for whoever keeps translations"}
 
     def __init__(self) -> None:
+        self.changes = 0
+        """How often something was taken away: translations from before may not hold."""
         self.map: RangeMap[NptVal] = RangeMap(_NOT_PRESENT)
 
     def set(
@@ -79,6 +82,7 @@ class Npt(State):
             first, last = s - s % size, -(-e // size) * size
             leaves += (last - first) // size
             self.map.set(first, last, _NOT_PRESENT)
+            self.changes += 1
         return leaves
 
     def write_protect(self, start: int, end: int) -> bool:
@@ -89,6 +93,7 @@ class Npt(State):
                 size = pages_per_level(_LEVELS[attrs & _LEVEL])
                 self.map.set(s - s % size, -(-e // size) * size, (attrs & ~_WRITABLE, delta))
                 some = True
+                self.changes += 1
         return some
 
     def mappings(self, start: int = 0, end: int | None = None) -> list[Mapping]:

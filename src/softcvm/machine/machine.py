@@ -14,6 +14,7 @@ from softcvm.abi.insn import Program
 from softcvm.abi.rmp import RMPTABLE_CPU_BOOKKEEPING_SZ
 from softcvm.hw.cpu.core import Core
 from softcvm.hw.cpu.scripted import ScriptedCore
+from softcvm.hw.cpu.tcg import TcgCore
 from softcvm.hw.dram_mapped import Backing
 from softcvm.hw.profile import PROFILES
 from softcvm.hw.rmp import Rmp
@@ -124,6 +125,10 @@ class Machine(State):
             return ScriptedCore(soc, partial(guest, vcpu_id))
 
         self._kvm_amd.new_core = new_core
+
+    def vm_machine_code(self) -> None:
+        """The vCPUs of VMs created from now on execute what lies in their memory; DRAM needs a backing."""
+        self._kvm_amd.new_core = lambda soc, _: TcgCore(soc)
 
     @property
     def rmp(self) -> Rmp:

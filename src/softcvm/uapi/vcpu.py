@@ -41,6 +41,7 @@ from softcvm.kernel.arch.x86.kvm.msrs import kvm_get_msr, kvm_set_msr, kvm_x86_s
 from softcvm.kernel.arch.x86.kvm.sregs import get_sregs, get_sregs2, set_sregs, set_sregs2
 from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_tsc_khz, kvm_vcpu_ioctl_device_attr
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_arch_vcpu_ioctl_run
+from softcvm.kernel.arch.x86.kvm.xsave import XSAVE_SIZE, get_xsave, set_xsave
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
 from softcvm.kernel.virt.kvm.stats import kvm_get_stats_fd
@@ -86,9 +87,6 @@ _UNMODELLED = frozenset(
         k.KVM_TPR_ACCESS_REPORTING,
         k.KVM_SET_VAPIC_ADDR,
         k.KVM_X86_SET_MCE,
-        k.KVM_GET_XSAVE,
-        k.KVM_SET_XSAVE,
-        k.KVM_GET_XSAVE2,
         k.KVM_KVMCLOCK_CTRL,
         k.KVM_GET_NESTED_STATE,
         k.KVM_SET_NESTED_STATE,
@@ -136,6 +134,12 @@ def _locked(
                 yield from kvm_arch_vcpu_pre_fault_memory(vcpu, proc, range_)
             finally:
                 yield from argp.write(range_.data)
+            return 0
+        case k.KVM_GET_XSAVE | k.KVM_GET_XSAVE2:
+            yield from argp.write(get_xsave(vcpu, XSAVE_SIZE))
+            return 0
+        case k.KVM_SET_XSAVE:
+            set_xsave(vcpu, (yield from argp.read(XSAVE_SIZE)))
             return 0
         case k.KVM_GET_TSC_KHZ:
             return vcpu.arch.virtual_tsc_khz

@@ -25,6 +25,7 @@ __all__ = ("Core", "GuestCpu", "record_exit")
 
 
 _NESTED_WALK = int(PfErr.USER | PfErr.GUEST_FINAL)
+_TABLE_WALK = int(PfErr.USER | PfErr.GUEST_PAGE)
 _WRITE, _FETCH, _GUEST_ENC = int(PfErr.WRITE), int(PfErr.FETCH), int(PfErr.GUEST_ENC)
 
 
@@ -33,6 +34,10 @@ class Core(Protocol):
 
     def vmrun(self, vmcb: Vmcb) -> Steps[None]:
         """Enter the guest and run until #VMEXIT; vmcb.exit_* then say why."""
+        ...
+
+    def interrupt(self) -> None:
+        """Come to the next point soon.  Any thread may call it."""
         ...
 
 
@@ -78,9 +83,12 @@ class GuestCpu:
         status = SevStatus.SEV * self.sev | SevStatus.SEV_ES * self.sev_es
         return status | self.sev_features << 2
 
-    def load(self, op: Load, done: bytearray) -> bytes:
-        """Read; `done` keeps what was read before a fault, so that the access can go on after it."""
-        error_code = self._error_code(op.c)
+    def load(self, op: Load, done: bytearray, *, table: bool = False) -> bytes:
+        """Read; `done` keeps what was read before a fault, so that the access can go on after it.
+
+        table: by a walk of the guest's page table, which faults say.
+        """
+        error_code = self._error_code(op.c, table=table)
         while len(done) < op.length:
             at = op.gpa + len(done)
             where, length = self._reach(at, op.length - len(done), error_code, op.c)
@@ -92,9 +100,9 @@ class GuestCpu:
                 done += self.soc.host_read(spa, length)
         return bytes(done)
 
-    def store(self, op: Store, done: int) -> int:
+    def store(self, op: Store, done: int, *, table: bool = False) -> int:
         """Write from byte `done` on up to the end of a page run; how far it came."""
-        error_code = self._error_code(op.c, write=True)
+        error_code = self._error_code(op.c, write=True, table=table)
         at = op.gpa + done
         where, length = self._reach(at, len(op.data) - done, error_code, op.c)
         spa = (where.pfn << PAGE_SHIFT) + (at & PAGE_MASK)
@@ -120,12 +128,27 @@ class GuestCpu:
         return done + (length >> PAGE_SHIFT)
 
     def fetch(self, op: Fetch) -> None:
-        """Execute from a page: always private, where there is such a thing."""
-        error_code = self._error_code(True, fetch=True)
-        needs = VmplPerm.EXECUTE_USER if op.user else VmplPerm.EXECUTE_SUPERVISOR
-        where = walk(self.soc, self.npt, self.asid, op.gpa >> PAGE_SHIFT, 1, error_code)
+        """Execute from a page."""
+        self._fetch_page(op.gpa, c=True, user=op.user)
+
+    def reach_page(self, gpa: int, *, c: bool, write: bool, fetch: bool) -> int:
+        """The frame behind a guest physical address, for an access of this kind.  NptFault, GuestException."""
+        if fetch:
+            return self._fetch_page(gpa, c=c, user=False).pfn
+        error_code = self._error_code(c, write=write)
+        where, _ = self._reach(gpa, 1, error_code, c)
+        return where.pfn
+
+    def _fetch_page(self, gpa: int, *, c: bool, user: bool) -> Translated:
+        """An SNP guest executes private pages only."""
+        error_code = self._error_code(c or self.snp, fetch=True)
+        needs = VmplPerm.EXECUTE_USER if user else VmplPerm.EXECUTE_SUPERVISOR
+        where = walk(
+            self.soc, self.npt, self.asid, gpa >> PAGE_SHIFT, 1, error_code, gpa & PAGE_MASK
+        )
         if self.snp:
-            self._private(where, error_code, op.gpa & PAGE_MASK, needs)
+            self._private(where, error_code, gpa & PAGE_MASK, needs)
+        return where
 
     def _reach(self, gpa: int, length: int, error_code: int, c: bool) -> tuple[Translated, int]:
         """Translate and check; the run of pages at gpa, and how many bytes of the access it serves."""
@@ -144,9 +167,11 @@ class GuestCpu:
             npages = where.npages
         return where, min(length, (npages << PAGE_SHIFT) - offset)
 
-    def _error_code(self, c: bool, *, write: bool = False, fetch: bool = False) -> int:
+    def _error_code(
+        self, c: bool, *, write: bool = False, fetch: bool = False, table: bool = False
+    ) -> int:
         """What an access contributes to EXITINFO1; nested walks are always user accesses."""
-        code = _NESTED_WALK
+        code = _TABLE_WALK if table else _NESTED_WALK
         if write:
             code |= _WRITE
         if fetch:

@@ -10,6 +10,7 @@ from typing import Any
 from softcvm.abi.ghcb import IoioInfo
 from softcvm.abi.insn import Cpuid, GuestOp, Hlt, In, Out, Rdmsr, Vmgexit, Vmmcall, Wrmsr
 from softcvm.abi.svm import EventInj, ExitCode, GuestException, Msr, Vector
+from softcvm.abi.vmsa import Segment
 from softcvm.hw.cpu.core import GuestCpu
 from softcvm.hw.cpu.vmcb import Vmcb
 from softcvm.hw.cpu.vmrun import VmExitRaised
@@ -17,15 +18,42 @@ from softcvm.hw.cpu.vmrun import VmExitRaised
 __all__ = ("intercepted", "outcome")
 
 _U32 = (1 << 32) - 1
+_DIRECT = {
+    0x174: "sysenter_cs",
+    0x175: "sysenter_esp",
+    0x176: "sysenter_eip",
+    0xC000_0081: "star",
+    0xC000_0082: "lstar",
+    0xC000_0083: "cstar",
+    0xC000_0084: "sfmask",
+    0xC000_0102: "kernel_gs_base",
+}
+_BASES = {0xC000_0100: "fs", 0xC000_0101: "gs"}
+"""MSRs that lie in the save area and that KVM lets guests access (direct_access_msrs)."""
 
 
-def intercepted(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp) -> Any:
-    """Execute one of these instructions: its result, or VmExitRaised, or GuestException."""
+def intercepted(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp, length: int = 0) -> Any:
+    """Execute one of these instructions: its result, or VmExitRaised, or GuestException.
+
+    length: of the instruction in bytes; 0 in a script, which has no addresses.
+    """
     if vmcb.save is not None:
-        vmcb.next_rip = vmcb.save.rip  # a script has no addresses
+        vmcb.next_rip = vmcb.save.rip + length
     match op:
-        case Rdmsr(msr) if msr == Msr.SEV_STATUS:
+        case Rdmsr(msr) if msr == Msr.SEV_STATUS and cpu.sev:
             return cpu.sev_status
+        case Rdmsr(msr) if msr in _DIRECT:
+            return getattr(cpu.vmsa, _DIRECT[msr])
+        case Wrmsr(msr, value) if msr in _DIRECT:
+            setattr(cpu.vmsa, _DIRECT[msr], value)
+            return None
+        case Rdmsr(msr) if msr in _BASES:
+            return Segment(getattr(cpu.vmsa, _BASES[msr])).base
+        case Wrmsr(msr, value) if msr in _BASES:
+            segment = Segment(getattr(cpu.vmsa, _BASES[msr]))
+            segment.base = value
+            setattr(cpu.vmsa, _BASES[msr], bytes(segment))
+            return None
         case Rdmsr(msr) if msr == Msr.SEV_ES_GHCB and cpu.sev_es:
             return vmcb.ghcb_gpa
         case Wrmsr(msr, value) if msr == Msr.SEV_ES_GHCB and cpu.sev_es:

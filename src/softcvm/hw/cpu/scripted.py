@@ -111,6 +111,9 @@ class ScriptedCore(State):
             self.waits = True
             cpu.leave(vmcb, left.code, left.info_1, left.info_2)
 
+    def interrupt(self) -> None:
+        """A script comes to a point before each operation."""
+
     def _choose_script(self, spa: int, contents: bytes) -> None:
         """The script of this VMSA."""
         now = (spa, contents)

@@ -18,6 +18,7 @@ class Vmcb(State):
     nested_ctl: whether the guest has SEV, and SEV-ES.
     save: the save area, laid out as a VMSA.  Software gives it at entry and takes it at #VMEXIT; the
     registers that VMRUN leaves to software (RCX to R15, FPU) travel in it too.
+    insn_bytes: what lies at RIP when a data access left the guest (decode assists), else nothing.
     next_rip: where the instruction that was intercepted ends.
     event_inj: an exception that VMRUN delivers before the first instruction (EventInj), 0 for none.
     ghcb_gpa: the GHCB MSR (control area 0xA0): a GPA, or a request or response of the MSR protocol.
@@ -29,6 +30,7 @@ class Vmcb(State):
         "npt",
         "nested_ctl",
         "vmsa_pa",
+        "insn_bytes",
         "next_rip",
         "event_inj",
         "ghcb_gpa",
@@ -45,6 +47,7 @@ class Vmcb(State):
         self.nested_ctl = NestedCtl.NP_ENABLE
         self.vmsa_pa: int | None = None
         self.save: Vmsa | None = None
+        self.insn_bytes = b""
         self.next_rip = 0
         self.event_inj = 0
         self.ghcb_gpa = 0

@@ -79,6 +79,8 @@ class VcpuArch(State):
         "regs",
         "sregs",
         "fpu",
+        "xstate_bv",
+        "xsave_extended",
         "xcr0",
         "debugregs",
         "guest_debug",
@@ -114,6 +116,10 @@ class VcpuArch(State):
         self.sregs = reset_sregs()
         self.sregs.apic_base = 0xFEE0_0800 | (0x100 if bsp else 0)
         self.fpu = KvmFpu(fcw=0x37F, mxcsr=0x1F80)
+        self.xstate_bv = 3
+        """Features that are not in their initial state, of x87, SSE and those in xsave_extended."""
+        self.xsave_extended = bytes(4096 - 576)
+        """The XSAVE area behind legacy area and header.  # stored, no effect"""
         self.xcr0 = 1
         self.debugregs = KvmDebugregs(dr6=0xFFFF_0FF0, dr7=0x400)
         self.guest_debug = 0

@@ -67,7 +67,10 @@ def kvm_arch_vcpu_ioctl_run(vcpu: "KvmVcpu", proc: "Process") -> Steps[int]:
         errno = error.errno
         raise
     finally:
-        kvm.srcu.release_read()
+        if (
+            kvm.linux.lockdep.current in kvm.srcu.readers
+        ):  # not after a failure inside of the guest
+            kvm.srcu.release_read()
         vcpu.proc = None
         kvm.linux.lockdep.current.sigmask = None
         store_regs(vcpu)

@@ -17,6 +17,7 @@ from softcvm.abi.svm import ExitCode, NestedCtl, PfErr
 from softcvm.hw.cpu.core import Core
 from softcvm.hw.cpu.scripted import ScriptedCore
 from softcvm.hw.cpu.vmcb import Vmcb
+from softcvm.kernel.arch.x86.kvm.emulate import x86_emulate_mmio
 from softcvm.kernel.arch.x86.kvm.lapic import kvm_apic_has_pending_init_or_sipi
 from softcvm.kernel.arch.x86.kvm.svm import gmem
 from softcvm.kernel.arch.x86.kvm.svm.ap import (
@@ -193,6 +194,7 @@ class SvmOps(State):
         """A reschedule interrupt to the processor that runs the vCPU, if one does."""
         if vcpu.arch.in_guest:
             vcpu.arch.svm.vmcb.intr = True
+            vcpu.arch.svm.core.interrupt()
 
     def complete_hypercall(self, vcpu: "KvmVcpu", ret: int) -> None:
         """RAX reaches an SEV-ES guest through the GHCB."""
@@ -281,11 +283,13 @@ def svm_vcpu_run(asids: SevAsids, vcpu: "KvmVcpu") -> Steps[int]:
             return _fail_entry(vcpu)
         _pre_svm_run(asids, vcpu)
         # Interrupts are off: a kick from here on is delivered when the guest runs.
+        kvm.srcu.release_read()  # memslots may change while the guest runs
         yield from preempt("VMRUN")
         yield from _enter_exit(vcpu)
     finally:
         vcpu.arch.in_guest = False
         svm.vmcb.intr = False
+    yield from kvm.srcu.acquire_read()
     code = svm.vmcb.exit_code
     if code == ExitCode.INVALID:
         return _fail_entry(vcpu)
@@ -368,7 +372,9 @@ def _npf_interception(vcpu: "KvmVcpu") -> Steps[int]:
         error_code |= _PRIVATE_ACCESS
     result = yield from kvm_mmu_page_fault(vcpu, gpa, error_code)
     if result is RetPf.EMULATE:
-        raise Unmodelled(f"emulating a shared access to GPA {gpa:#x}, which has no memory")
+        if sev_es_guest(vcpu.kvm):
+            raise Unmodelled(f"emulating a shared access to GPA {gpa:#x}, which has no memory")
+        return x86_emulate_mmio(vcpu, gpa, svm.vmcb.insn_bytes)
     if error_code & _RMP:
         yield from gmem.sev_handle_rmp_fault(vcpu, gpa, error_code)
     return 1

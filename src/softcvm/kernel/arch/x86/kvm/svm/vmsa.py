@@ -97,4 +97,5 @@ def vmsa_image(vcpu: "KvmVcpu") -> Vmsa:
     save.sev_features = sev_info(kvm).vmsa_features
     if kvm.arch.vm_type:
         sync_fpu(save, vcpu.arch.fpu)
+        save.fpreg_ymm = vcpu.arch.xsave_extended[:256]
     return save

@@ -1,0 +1,163 @@
+"""Instructions that leave the guest, from their bytes and the registers they read, as operations (abi/insn.py).
+
+Owns the encodings only; what executing one does is intercepts.py's and hw/insn's.
+"""
+
+from functools import cache
+from typing import Any
+
+from softcvm.abi.insn import (
+    Cpuid,
+    GuestOp,
+    Hlt,
+    In,
+    Out,
+    Pvalidate,
+    Rdmsr,
+    Rmpadjust,
+    Vmgexit,
+    Vmmcall,
+    Wrmsr,
+)
+from softcvm.abi.vmsa import Segment, Vmsa
+from softcvm.sim.errors import Unmodelled
+
+__all__ = ("accessed", "decode", "state_instruction")
+
+_U32, _U16 = (1 << 32) - 1, (1 << 16) - 1
+_NAMED = {
+    b"\xf3\x0f\x01\xd9": "vmgexit",
+    b"\xf2\x0f\x01\xd9": "vmgexit",
+    b"\xf2\x0f\x01\xff": "pvalidate",
+    b"\xf3\x0f\x01\xfe": "rmpadjust",
+    b"\x0f\x01\xd9": "vmmcall",
+    b"\x0f\x01\xc1": "vmcall",
+}
+"""Encodings that capstone does not know, or not all of."""
+_STATE = frozenset({"xsave", "xsave64", "xrstor", "xrstor64", "xgetbv"})
+_SIZES = {"al": 1, "ax": 2, "eax": 4}
+
+
+def decode(code: bytes, state: Vmsa) -> tuple[GuestOp | None, int]:
+    """The operation and its length; None for an instruction that is none of these, 0 for no whole one."""
+    for encoding, name in _NAMED.items():
+        if code.startswith(encoding):
+            return _system(name, state), len(encoding)
+    found = next(_decoder().disasm_lite(code, 0, 1), None)
+    if found is None:
+        return None, 0
+    _, length, mnemonic, operands = found
+    return _plain(mnemonic, operands, state), length
+
+
+def state_instruction(code: bytes, state: Vmsa) -> tuple[str, int, int] | None:
+    """XSAVE, XRSTOR or XGETBV by its plain name, the linear address of its operand, its length."""
+    insn = next(_detailed().disasm(code, 0, 1), None)
+    if insn is None or insn.mnemonic not in _STATE:
+        return None
+    if not insn.operands:
+        return insn.mnemonic, 0, insn.size
+    address = _effective(insn, insn.operands[0].mem, state)
+    return insn.mnemonic.removesuffix("64"), address, insn.size
+
+
+def accessed(code: bytes, state: Vmsa, page: int) -> int:
+    """The linear address on this page that the instruction at RIP accesses, its first one there.
+
+    The engine tells the page only; what the operands and the stack do not explain is the page's first byte.
+    """
+    from capstone import x86 as cs
+
+    insn = next(_detailed().disasm(code, 0, 1), None)
+    places = [state.rsp - 8, state.rsp]
+    if insn is not None:
+        memory = [op.mem for op in insn.operands if op.type == cs.X86_OP_MEM]
+        places = [_effective(insn, mem, state) for mem in memory] + places
+    page &= ~4095
+    for place in places:
+        if place & ~4095 == page:
+            return place
+    return page
+
+
+def _effective(insn: Any, mem: Any, state: Vmsa) -> int:
+    """The linear address of a memory operand."""
+    address: int = mem.disp
+    for register, scale in ((mem.base, 1), (mem.index, mem.scale)):
+        if not register:
+            continue
+        name = insn.reg_name(register)
+        if name in ("rip", "eip"):
+            address += state.rip + insn.size
+        elif name not in ("riz", "eiz"):
+            address += _register(state, name) * scale
+    if mem.segment and insn.reg_name(mem.segment) in ("fs", "gs"):
+        address += Segment(getattr(state, insn.reg_name(mem.segment))).base
+    return address & (1 << 64) - 1
+
+
+def _register(state: Vmsa, name: str) -> int:
+    """A 64-bit register, or the lower half of one."""
+    half = name.startswith("e") or name.endswith("d")
+    whole = f"r{name[1:]}" if name.startswith("e") else name.removesuffix("d")
+    value: int = getattr(state, whole)
+    return value & _U32 if half else value
+
+
+def _system(name: str, state: Vmsa) -> GuestOp:
+    match name:
+        case "vmgexit":
+            return Vmgexit()
+        case "pvalidate":
+            return Pvalidate(state.rax, state.rcx & _U32, bool(state.rdx & _U32))
+        case "rmpadjust":
+            target, perms = state.rdx & 0xFF, state.rdx >> 8 & 0xFF
+            return Rmpadjust(
+                state.rax, state.rcx & _U32, target, perms, bool(state.rdx >> 16 & 1)
+            )
+        case _:
+            return Vmmcall(state.rax, (state.rbx, state.rcx, state.rdx, state.rsi))
+
+
+def _plain(mnemonic: str, operands: str, state: Vmsa) -> GuestOp | None:
+    match mnemonic:
+        case "cpuid":
+            return Cpuid(state.rax & _U32, state.rcx & _U32)
+        case "hlt":
+            return Hlt()
+        case "rdmsr":
+            return Rdmsr(state.rcx & _U32)
+        case "wrmsr":
+            return Wrmsr(state.rcx & _U32, (state.rdx & _U32) << 32 | state.rax & _U32)
+        case "in":
+            register, port = operands.split(", ")
+            return In(_port(port, state), _SIZES[register])
+        case "out":
+            port, register = operands.split(", ")
+            return Out(_port(port, state), state.rax, _SIZES[register])
+        case "ud2" | "ud0" | "ud1":
+            return None
+        case "vmrun" | "vmload" | "vmsave" | "clgi" | "stgi" | "skinit" | "rdpmc":
+            return None  # no SVM in a guest (nested=0), no performance counters
+        case _:
+            raise Unmodelled(f"guest instruction {mnemonic} {operands}")
+
+
+def _port(text: str, state: Vmsa) -> int:
+    return state.rdx & _U16 if text == "dx" else int(text, 0)
+
+
+@cache
+def _detailed() -> Any:
+    from capstone import CS_ARCH_X86, CS_MODE_64, Cs
+
+    decoder = Cs(CS_ARCH_X86, CS_MODE_64)
+    decoder.detail = True
+    return decoder
+
+
+@cache
+def _decoder() -> Any:
+    from capstone import CS_ARCH_X86, CS_MODE_64, Cs
+
+    return Cs(CS_ARCH_X86, CS_MODE_64)

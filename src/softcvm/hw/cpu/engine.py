@@ -1,0 +1,301 @@
+"""unicorn as one processor: it executes instructions, and stops wherever the model has to decide.
+
+Owns the engine, its translations of code and of addresses, and how a stop is found.  What an address leads to
+is the `translate` that it is given; what a stop means is tcg.py's.
+
+Guest memory is one mapping of the machine's DRAM, so that loads and stores run at native speed; the engine asks
+for the translation of a page once and keeps it until flush().  Instructions that leave the guest are found when
+the engine translates the block that holds them, by decoding that block; a hook then stops before each of them.
+"""
+
+import ctypes
+import re
+import struct
+from collections.abc import Callable
+from enum import Enum, auto
+from functools import cache
+from typing import Any, NamedTuple
+
+__all__ = (
+    "FETCH",
+    "PERM_EXEC",
+    "PERM_READ",
+    "PERM_WRITE",
+    "READ",
+    "SCRATCH",
+    "WRITE",
+    "Engine",
+    "Halt",
+    "Stop",
+)
+
+READ, WRITE, FETCH = 16, 17, 18  # UC_MEM_READ, UC_MEM_WRITE, UC_MEM_FETCH
+PERM_READ, PERM_WRITE, PERM_EXEC = 1, 2, 4
+SCRATCH, SCRATCH_SIZE = 0xFFFF_F000_0000_0000, 0x4000
+"""Where the scratch pages are while they are: a linear address."""
+_SUSPECT = re.compile(
+    rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]|\x0f[\x01\x05\x07\x08\x09\x0b\x30-\x35\xa2\xae\xc7]",
+    re.S,
+)
+"""Bytes that an instruction which leaves the guest can begin with, prefixes aside."""
+_LEAVES = frozenset(
+    {
+        *("in", "out", "insb", "insw", "insd", "outsb", "outsw", "outsd"),
+        *("cpuid", "rdmsr", "wrmsr", "hlt", "vmmcall", "vmcall", "invd", "wbinvd", "rdpmc"),
+        *("xsave", "xsave64", "xrstor", "xrstor64", "xgetbv", "xsavec", "xsaves", "xrstors"),
+        *("xsetbv", "monitor", "mwait", "vmrun", "vmload", "vmsave", "clgi", "stgi", "skinit"),
+    }
+)
+
+
+class Halt(Enum):
+    """Why the engine stopped."""
+
+    FAULT = auto()  # `translate` raised; the exception is in Stop.cause
+    EXCEPTION = auto()  # the processor's own exception or INT n; Stop.vector
+    INVALID = auto()  # an instruction that the engine does not know
+    INTERCEPT = auto()  # before an instruction that leaves the guest
+    INTERRUPTED = auto()  # interrupt() was called
+
+
+class Stop(NamedTuple):
+    why: Halt
+    vector: int = 0
+    cause: Exception | None = None
+
+
+Translate = Callable[[int, int], tuple[int, int]]
+"""(linear address, READ/WRITE/FETCH) -> (physical address of the page, permissions), or raises."""
+
+
+class Engine:
+    """One vCPU's processor in 64-bit mode."""
+
+    def __init__(self, memory: memoryview, translate: Translate) -> None:
+        """memory: the machine's DRAM."""
+        import unicorn
+        from unicorn import unicorn_const, x86_const
+
+        self._u: Any = unicorn_const
+        self.x: Any = x86_const
+        self._error: Any = unicorn.UcError
+        self._translate = translate
+        self.uc: Any = unicorn.Uc(self._u.UC_ARCH_X86, self._u.UC_MODE_64)
+        uc = self.uc
+        uc.ctl_set_cpu_model(x86_const.UC_CPU_X86_EPYC)
+        uc.ctl_exits_enabled(True)
+        uc.ctl_set_exits([])
+        uc.ctl_set_tlb_mode(self._u.UC_TLB_VIRTUAL)
+        self._memory = memory
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        uc.mem_map_ptr(0, len(memory), self._u.UC_PROT_ALL, address)
+        uc.mem_map(len(memory), SCRATCH_SIZE)  # pages that are no guest's
+        uc.hook_add(self._u.UC_HOOK_TLB_FILL, self._fill)
+        uc.hook_add(self._u.UC_HOOK_INTR, self._interrupted)
+        uc.hook_add(self._u.UC_HOOK_INSN_INVALID, self._invalid)
+        uc.hook_add(self._u.UC_HOOK_EDGE_GENERATED, self._block_translated)
+        self._flag, self._stub = _block_hook(uc, self._u.UC_HOOK_BLOCK)
+        self._sites: set[int] = set()
+        """Addresses with a hook before an instruction."""
+        self._stop: Stop | None = None
+        self._privately = False
+        """Executing from the scratch pages."""
+
+    # What the engine calls
+
+    def _fill(self, uc: Any, address: int, kind: int, entry: Any, _: Any) -> bool:
+        try:
+            if self._privately:
+                entry.paddr = len(self._memory) + (address - SCRATCH & ~4095)
+                entry.perms = PERM_READ | PERM_WRITE | PERM_EXEC
+                return True
+            entry.paddr, entry.perms = self._translate(address, kind)
+        except Exception as cause:
+            self._stop = Stop(Halt.FAULT, cause=cause)
+            return False
+        return True
+
+    def _interrupted(self, uc: Any, vector: int, _: Any) -> None:
+        self._stop = Stop(Halt.EXCEPTION, vector)
+        uc.emu_stop()
+
+    def _invalid(self, uc: Any, _: Any) -> bool:
+        self._stop = Stop(Halt.INVALID)
+        return False
+
+    def _block_translated(self, uc: Any, block: Any, _: Any, __: Any) -> None:
+        if not self._privately and self._look_at(block.pc, block.size):
+            uc.emu_stop()
+
+    def _reached(self, uc: Any, address: int, size: int, _: Any) -> None:
+        self._stop = Stop(Halt.INTERCEPT)
+        uc.emu_stop()
+
+    # What the model calls
+
+    def run(self, rip: int) -> Stop:
+        """Execute from a linear address until the model has to decide; RIP is where it stopped."""
+        while True:
+            stop = self._run_once(rip)
+            if stop is not None:
+                if stop.why is Halt.EXCEPTION:
+                    _forget_exception(self.uc)
+                return stop
+            if self._flag.value:
+                self._flag.value = 0
+                return Stop(Halt.INTERRUPTED)
+            rip = self.uc.reg_read(self.x.UC_X86_REG_RIP)  # a block was translated anew
+
+    def _run_once(self, rip: int) -> Stop | None:
+        self._stop = None
+        try:
+            self.uc.emu_start(rip, 0)
+        except self._error:
+            if self._stop is None:
+                raise
+        return self._stop
+
+    def interrupt(self) -> None:
+        """Stop at the next block.  Any thread may call it."""
+        self._flag.value = 1
+
+    def flush(self) -> None:
+        """Forget all translations of addresses."""
+        self.uc.ctl(self._u.UC_CTL_TLB_FLUSH, self._u.UC_CTL_IO_WRITE)
+
+    def privately(self, rip: int, pages: bytes, end: int) -> None:
+        """Execute in the scratch pages up to a HLT at `end`, with no guest's memory in reach."""
+        self.uc.mem_write(len(self._memory), pages.ljust(SCRATCH_SIZE, b"\0"))
+        self._privately = True
+        try:
+            self.flush()
+            self.uc.ctl_remove_cache(SCRATCH, SCRATCH + SCRATCH_SIZE)
+            interrupted = 0
+            self._stop = None
+            while rip != end + 1 and not self._has_stopped():  # HLT is #GP outside of level 0
+                interrupted |= self._flag.value  # which stops it before any block
+                self._flag.value = 0
+                self.uc.emu_start(rip, 0)
+                rip = self.uc.reg_read(self.x.UC_X86_REG_RIP)
+            if self._has_stopped():
+                _forget_exception(self.uc)
+            self._flag.value |= interrupted
+        finally:
+            self._privately = False
+            self.flush()
+
+    def _has_stopped(self) -> bool:
+        return self._stop is not None
+
+    def _look_at(self, address: int, size: int) -> bool:
+        """Put hooks before what leaves the guest in a block; whether there is a new one."""
+        code = self._code(address, size)
+        if not _SUSPECT.search(code):
+            return False
+        new = False
+        for place, length in _leaving(code):
+            at = address + place
+            if at not in self._sites:
+                self._sites.add(at)
+                self.uc.hook_add(self._u.UC_HOOK_CODE, self._reached, begin=at, end=at)
+                self.uc.ctl_remove_cache(at, at + length)
+                new = True
+        return new
+
+    def _code(self, address: int, size: int) -> bytes:
+        """The bytes of a block that the engine has just fetched, on one page or two."""
+        found = b""
+        while len(found) < size:
+            at = address + len(found)
+            length = min(size - len(found), 4096 - (at & 4095))
+            page, _ = self._translate(at & ~4095, FETCH)
+            found += bytes(self._memory[page + (at & 4095) : page + (at & 4095) + length])
+        return found
+
+
+def _leaving(code: bytes) -> list[tuple[int, int]]:
+    """Offsets and lengths of instructions that leave the guest, up to the end of the block."""
+    from capstone import CS_ARCH_X86, CS_MODE_64, Cs
+
+    found = []
+    for address, size, mnemonic, _ in Cs(CS_ARCH_X86, CS_MODE_64).disasm_lite(code, 0):
+        if mnemonic.split()[-1] in _LEAVES:
+            found.append((address, size))
+        if mnemonic.startswith("j") or mnemonic in ("ret", "call", "iretq", "syscall"):
+            break
+    return found
+
+
+def _block_hook(uc: Any, kind: int) -> tuple[ctypes.c_uint64, Any]:
+    """A hook before every block that stops the engine when a flag is set: 25 bytes of code, no Python.
+
+    emu_stop() from another thread would have the engine execute a memory operation twice.
+    """
+    import mmap
+
+    from unicorn.unicorn_py3.unicorn import uclib
+
+    flag = ctypes.c_uint64(0)
+    stop = ctypes.cast(uclib.uc_emu_stop, ctypes.c_void_p).value or 0
+    page = mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+    code = b"\x48\xb8" + struct.pack("<Q", ctypes.addressof(flag))  # mov rax, flag
+    code += b"\x48\x83\x38\x00\x75\x01\xc3"  # cmp qword [rax], 0; jne +1; ret
+    code += b"\x48\xb8" + struct.pack("<Q", stop) + b"\xff\xe0"  # mov rax, stop; jmp rax
+    page[: len(code)] = code
+    entry = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    handle = ctypes.c_size_t()
+    status = uclib.uc_hook_add(
+        uc._uch,
+        ctypes.byref(handle),
+        ctypes.c_int(kind),
+        ctypes.c_void_p(entry),
+        None,
+        ctypes.c_uint64(1),
+        ctypes.c_uint64(0),
+    )
+    if status:
+        raise RuntimeError(f"uc_hook_add: {status}")
+    return flag, page
+
+
+def _forget_exception(uc: Any) -> None:
+    """Have the engine forget that an exception is being delivered: it never does, and makes the next a #DF.
+
+    Its own record lies in the saved context, at a place that is found by experiment.
+    """
+    context = uc.context_save()
+    base = ctypes.cast(context._context, ctypes.c_void_p).value or 0
+    ctypes.c_int32.from_address(base + _exception_place()).value = -1
+    uc.context_restore(context)
+
+
+@cache
+def _exception_place() -> int:
+    """Where a saved context has the vector of the exception under delivery; -1 is none."""
+    import unicorn
+    from unicorn import unicorn_const, x86_const
+
+    uc = unicorn.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
+    uc.mem_map(0x1000, 0x1000)
+    uc.mem_write(0x1000, b"\xcd\x77")  # INT 77h: a vector that nothing else has
+    uc.hook_add(unicorn_const.UC_HOOK_INTR, lambda uc, _, __: uc.emu_stop())
+    size = uc.context_save().size
+
+    def words() -> bytes:
+        context = uc.context_save()
+        return ctypes.string_at(ctypes.cast(context._context, ctypes.c_void_p).value or 0, size)
+
+    uc.mem_write(0x1010, b"\x31\xdb\xf7\xf3")  # xor ebx, ebx; div ebx: #DE, vector 0
+    before = words()
+    uc.reg_write(x86_const.UC_X86_REG_RSP, 0x1800)
+    uc.emu_start(0x1010, 0x1014)
+    after = words()
+    minus, zero = (-1).to_bytes(4, "little", signed=True), bytes(4)
+    places = [
+        at
+        for at in range(0, size - 3, 4)
+        if before[at : at + 4] == minus and after[at : at + 4] == zero
+    ]
+    if len(places) != 1:
+        raise RuntimeError(f"unicorn's record of exceptions was not found ({places})")
+    return places[0]
