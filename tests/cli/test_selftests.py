@@ -28,12 +28,15 @@ Random seed: 0x6b8b4567
 """
 ALWAYS = (
     "guest_memfd_test",
+    "pre_fault_memory_test",
+    "private_mem_kvm_exits_test",
     "sev_init2_tests",
     "sev_migrate_tests",
+    "sev_smoke_test",
     "hwcr_msr_test",
     "set_sregs_test",
 )
-"""Short tests that need nothing but the host's answers."""
+"""Short tests."""
 
 
 @pytest.fixture
