@@ -3,13 +3,14 @@
 Owns the lock around the model and who sleeps for what.  A call keeps the model to itself until it must wait
 for another, sleeps, or has run for so long that others should come in.
 
-Lock: `_model`, never held while a thread sleeps in the model.
+Locks: `_turns` around who has the model; `_news` to sleep on.  Neither is held while steps run.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from time import sleep
+from time import monotonic
 from typing import TypeVar
 
 from softcvm.sim.steps import Lockdep, Point, Steps, Task, Wait
@@ -17,8 +18,8 @@ from softcvm.sim.steps import Lockdep, Point, Steps, Task, Wait
 __all__ = ("Driver",)
 
 T = TypeVar("T")
-_MOMENT = 0.0001
-"""Seconds between two looks whether everybody who wants the model has had it."""
+_SLICE = 0.0005
+"""Seconds for which a call keeps the model although others want it."""
 _LOOK = 0.005
 """Seconds after which a sleeper looks again for what nobody announces: a signal."""
 
@@ -36,8 +37,12 @@ class Driver:
         self._lockdep = lockdep
         self._asked = asked
         self._hurry = hurry
-        self._model = threading.Lock()
-        self._wanted = 0
+        self._turns = threading.Lock()
+        self._taken = False
+        self._queue: deque[threading.Lock] = deque()
+        """Who waits for the model, each behind a lock of its own, first come first."""
+        self._since = 0.0
+        """When the model was taken."""
         self._news = threading.Condition()
         """Somebody has left the model: locks may be free."""
 
@@ -76,23 +81,30 @@ class Driver:
                     with self._news:
                         self._news.wait(_LOOK)
                     self._acquire()
-            elif self._wanted:
+            elif self._queue and monotonic() - self._since > _SLICE:
                 dep.straight = False
                 self._release()
-                while self._wanted:
-                    sleep(_MOMENT)
                 self._acquire()
 
     def _acquire(self) -> None:
-        if self._model.acquire(blocking=False):
-            return
-        self._wanted += 1
-        self._hurry()
-        self._model.acquire()
-        self._wanted -= 1
+        with self._turns:
+            if not self._taken:
+                self._taken = True
+                self._since = monotonic()
+                return
+            ours = threading.Lock()
+            ours.acquire()
+            self._queue.append(ours)
+        while not ours.acquire(timeout=_SLICE):
+            self._hurry()  # a guest may run and run
+        self._since = monotonic()
 
     def _release(self) -> None:
-        self._model.release()
+        with self._turns:
+            if self._queue:
+                self._queue.popleft().release()  # it is taken still, by the next one
+            else:
+                self._taken = False
         with self._news:
             self._news.notify_all()
 

@@ -246,14 +246,12 @@ class Supervisor:
 
     def _share(self, waits: Sharing, task: Thread) -> None:
         """Stop the process, replace its memory, and let all but the asking thread go on."""
-        call = self._calls[task.tid]
+        call = self._calls.get(task.tid)
         try:
+            if call is None:
+                raise ThreadGone(task.tid)
             self._detach(task, call)
-            stopped = [
-                tid
-                for tid in task.process.threads
-                if tid != task.tid and tid not in self._calls and self._stop(tid)
-            ]
+            stopped = self._stop_others(task)
             fd = self._dram_fds[task.tid]
             try:
                 share(waits, task.tid, fd)
@@ -264,6 +262,16 @@ class Supervisor:
         except ThreadGone:
             pass  # the process is being killed: nobody will look at what it asked for
         waits.done = True
+
+    def _stop_others(self, task: Thread) -> list[int]:
+        """Stop the threads of a process that are not in a call of ours, also those that start meanwhile."""
+        seen, stopped = {task.tid}, []
+        while new := [tid for tid in list(task.process.threads) if tid not in seen]:
+            for tid in new:
+                seen.add(tid)
+                if tid not in self._calls and self._stop(tid):
+                    stopped.append(tid)
+        return stopped
 
     def _detach(self, thread: Thread, call: Notification) -> None:
         """Have the thread stand stopped behind its call, whose result is written into its registers later."""

@@ -161,7 +161,7 @@ class TcgCore(State):
             return b""
         if self._registers is None:
             return b""
-        self._registers.store(state)
+        self._registers.store_general(state)
         try:
             return self._fetch_code(state)
         except (GuestException, NptFault):
@@ -203,7 +203,7 @@ class TcgCore(State):
             if cause.vector == Vector.PF and not cause.error_code & PfErr.FETCH:
                 assert self._registers is not None
                 assert self._cpu is not None
-                self._registers.store(self._cpu.vmsa)
+                self._registers.store_general(self._cpu.vmsa)
                 code = self._fetch_code(self._cpu.vmsa)
                 cr2 |= self._offset(self._cpu.vmsa, code)
             self._event = Event(int(cause.vector), cause.error_code, cr2)

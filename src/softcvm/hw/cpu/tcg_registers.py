@@ -15,7 +15,6 @@ _GPRS = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
     *(f"r{n}" for n in range(8, 16)),
 )
-_SYSTEM = ("cr0", "cr2", "cr3", "cr4")
 _MSRS = (
     ("star", 0xC000_0081),
     ("lstar", 0xC000_0082),
@@ -42,8 +41,12 @@ class Registers:
         names = [*_GPRS, "rip"]
         self._general = [getattr(x, f"UC_X86_REG_{name.upper()}") for name in names]
         self._names = names
-        self._control = [getattr(x, f"UC_X86_REG_{name.upper()}") for name in _SYSTEM]
-        self._bases = [x.UC_X86_REG_FS_BASE, x.UC_X86_REG_GS_BASE]
+        self._often = [
+            *self._general,
+            x.UC_X86_REG_EFLAGS,
+            *(x.UC_X86_REG_CR0, x.UC_X86_REG_CR3, x.UC_X86_REG_CR4),
+            *(x.UC_X86_REG_FS_BASE, x.UC_X86_REG_GS_BASE),
+        ]
         self._xmm = [getattr(x, f"UC_X86_REG_XMM{n}") for n in range(16)]
         self._seldom: tuple[bytes, bytes] | None = None
         self._fpu = b""
@@ -68,29 +71,31 @@ class Registers:
         uc.reg_write_batch(list(zip(self._general, values, strict=True)))
         uc.reg_write(x.UC_X86_REG_EFLAGS, state.rflags)
 
-    def store(self, state: Vmsa) -> None:
-        """Write what the engine holds into a save area."""
-        uc, x = self._engine.uc, self._engine.x
-        for name, value in zip(self._names, uc.reg_read_batch(self._general), strict=True):
+    def store_general(self, state: Vmsa) -> None:
+        """What instructions are decoded and addresses computed with."""
+        uc = self._engine.uc
+        *general, state.rflags, state.cr0, state.cr3, state.cr4, fs, gs = uc.reg_read_batch(
+            self._often
+        )
+        for name, value in zip(self._names, general, strict=True):
             setattr(state, name, value)
-        state.rflags = uc.reg_read(x.UC_X86_REG_EFLAGS)
-        for name, value in zip(_SYSTEM, uc.reg_read_batch(self._control), strict=True):
-            if name != "cr2":
-                setattr(state, name, value)
-        fs, gs = uc.reg_read_batch(self._bases)
         for name, base in (("fs", fs), ("gs", gs)):
             segment = Segment(getattr(state, name))
             if segment.base != base:
                 segment.base = base
                 setattr(state, name, bytes(segment))
         self._store_code_and_stack(state)
+
+    def store(self, state: Vmsa) -> None:
+        """Write what the engine holds into a save area."""
+        uc, x = self._engine.uc, self._engine.x
+        self.store_general(state)
         state.kernel_gs_base = uc.reg_read(x.UC_X86_REG_MSR, 0xC000_0102)
         for name, register in (("gdtr", x.UC_X86_REG_GDTR), ("idtr", x.UC_X86_REG_IDTR)):
             _, base, limit, _ = uc.reg_read(register)
             setattr(state, name, bytes(Segment(base=base, limit=limit)))
-        fpu = b"".join(uc.reg_read(register).to_bytes(16, "little") for register in self._xmm)
-        state.fpreg_xmm = self._fpu = fpu
-        state.mxcsr = uc.reg_read(x.UC_X86_REG_MXCSR)
+        *xmm, state.mxcsr = uc.reg_read_batch([*self._xmm, x.UC_X86_REG_MXCSR])
+        state.fpreg_xmm = self._fpu = b"".join(value.to_bytes(16, "little") for value in xmm)
         self._store_x87(state)
         self._seldom = bytes(state.data[_FIRST]), bytes(state.data[_SECOND])
 
@@ -118,7 +123,9 @@ class Registers:
         control = uc.reg_read_batch([x.UC_X86_REG_FPCW, x.UC_X86_REG_FPSW, x.UC_X86_REG_FPTAG])
         state.x87_fcw, state.x87_fsw, tags = control
         top = state.x87_fsw >> 11 & 7
-        registers = [uc.reg_read(x.UC_X86_REG_FP0 + (top + n & 7)) for n in range(8)]
+        if state.x87_ftw == 0 and tags == 0xFFFF:
+            return  # all registers are empty, and were
+        registers = uc.reg_read_batch([x.UC_X86_REG_FP0 + (top + n & 7) for n in range(8)])
         state.fpreg_x87 = b"".join(m.to_bytes(8, "little") for m, _ in registers) + b"".join(
             e.to_bytes(2, "little") for _, e in registers
         )
