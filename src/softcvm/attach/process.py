@@ -36,12 +36,14 @@ class Thread(Task):
         self.process = process
         self.tid = tid
         self.began = 0.0
-        """When its system call began."""
+        """When its system call began, or was last asked about signals."""
 
     def signal_pending(self) -> bool:
         """Whether a signal that is neither blocked nor ignored waits for it, in a call that takes long."""
-        if monotonic() - self.began < _QUICK:
+        now = monotonic()
+        if now - self.began < _QUICK:
             return False
+        self.began = now  # and not before as long again
         return bool(self._pending_signals())
 
     def _pending_signals(self) -> int:

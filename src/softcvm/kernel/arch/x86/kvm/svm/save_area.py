@@ -4,16 +4,17 @@ Owns KVM's own adjustments on the way in, and their removal on the way back.  Th
 kept in VcpuArch; a save area exists while the guest is entered, and as the VMSA of an SEV-ES guest.
 """
 
+import struct
 from typing import TYPE_CHECKING
 
-from softcvm.abi.kvm.vcpu import KvmDtable, KvmFpu, KvmSegment
+from softcvm.abi.kvm.vcpu import KvmDtable, KvmFpu, KvmRegs, KvmSegment
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.kernel.arch.x86.kvm.vcpu import MSR_IA32_CR_PAT
 
 if TYPE_CHECKING:
     from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 
-__all__ = ("load_save_area", "save_area", "sync_fpu")
+__all__ = ("enter_save_area", "leave_save_area", "save_area", "sync_fpu")
 
 _EFER_SVME = 1 << 12
 _CR0_NW_CD = 3 << 29
@@ -37,6 +38,18 @@ _GPRS = (
     *("rax", "rbx", "rcx", "rdx", "rsp", "rbp", "rsi", "rdi", "rip", "rflags"),
     *(f"r{n}" for n in range(8, 16)),
 )
+_KVM_REGS = struct.Struct("<18Q")
+_GENERAL = struct.Struct("<3Q8x11Q")
+_GENERAL_AT = 0x308
+"""RCX to R15 in a save area, where the place of RSP is empty."""
+_NOT_GENERAL = (
+    slice(0, 0x170),
+    slice(0x180, 0x1D8),
+    slice(0x1E0, 0x1F8),
+    slice(0x200, 0x308),
+    slice(0x3E8, 0x570),
+)
+"""Everything else that a guest changes: segments, control registers, MSRs, FPU."""
 _FPU = (
     ("x87_dp", "last_dp"),
     ("mxcsr", "mxcsr"),
@@ -69,14 +82,56 @@ def save_area(vcpu: "KvmVcpu") -> Vmsa:
     save.dr6 = arch.debugregs.dr6
     for name, index in _MSRS:
         setattr(save, name, arch.msrs.get(index, 0))
-    for name in _GPRS:
-        setattr(save, name, getattr(arch.regs, name))
     save.xcr0 = arch.xcr0
+    _copy_general(save, arch.regs)
     return save
 
 
-def load_save_area(vcpu: "KvmVcpu", save: Vmsa) -> None:
-    """Take the guest's registers out of the save area after #VMEXIT, FPU included."""
+def enter_save_area(vcpu: "KvmVcpu") -> Vmsa:
+    """The save area for VMRUN, FPU included.
+
+    Most entries follow an exit that changed general registers only: the rest is kept as it was made then.
+    """
+    arch, svm = vcpu.arch, vcpu.arch.svm
+    made_from = (
+        bytes(arch.sregs.data),
+        bytes(arch.fpu.data),
+        bytes(arch.debugregs.data),
+        [arch.msrs.get(index, 0) for _, index in _MSRS],
+        arch.xcr0,
+        vcpu.kvm.arch.disabled_quirks,
+    )
+    if svm.entered_with is None or svm.entered_with[0] != made_from:
+        save = save_area(vcpu)
+        sync_fpu(save, arch.fpu)
+        svm.entered_with = made_from, bytes(save.data)
+        return save
+    save = Vmsa(svm.entered_with[1])
+    _copy_general(save, arch.regs)
+    return save
+
+
+def leave_save_area(vcpu: "KvmVcpu", save: Vmsa) -> None:
+    """Take the guest's registers out of the save area after #VMEXIT."""
+    made = vcpu.arch.svm.entered_with
+    assert made is not None, "it was entered"
+    if any(made[1][part] != save.data[part] for part in _NOT_GENERAL):
+        _load_save_area(vcpu, save)
+        return
+    regs = vcpu.arch.regs
+    rcx, rdx, rbx, rbp, rsi, rdi, *numbered = _GENERAL.unpack_from(save.data, _GENERAL_AT)
+    first = (save.rax, rbx, rcx, rdx, rsi, rdi, save.rsp, rbp)
+    regs.data[:] = _KVM_REGS.pack(*first, *numbered, save.rip, save.rflags)
+
+
+def _copy_general(save: Vmsa, regs: KvmRegs) -> None:
+    rax, rbx, rcx, rdx, rsi, rdi, rsp, rbp, *numbered, rip, rflags = _KVM_REGS.unpack(regs.data)
+    save.rax, save.rsp, save.rip, save.rflags = rax, rsp, rip, rflags
+    _GENERAL.pack_into(save.data, _GENERAL_AT, rcx, rdx, rbx, rbp, rsi, rdi, *numbered)
+
+
+def _load_save_area(vcpu: "KvmVcpu", save: Vmsa) -> None:
+    """Everything, FPU included."""
     arch, sregs = vcpu.arch, vcpu.arch.sregs
     for name in _SEGMENTS:
         setattr(sregs, name, _unpacked(name, getattr(save, name), save.cpl))

@@ -37,7 +37,7 @@ from softcvm.kernel.arch.x86.kvm.svm.ghcb import (
     sev_es_vcpu_reset,
     sev_handle_vmgexit,
 )
-from softcvm.kernel.arch.x86.kvm.svm.save_area import load_save_area, save_area, sync_fpu
+from softcvm.kernel.arch.x86.kvm.svm.save_area import enter_save_area, leave_save_area
 from softcvm.kernel.arch.x86.kvm.svm.sev import (
     sev_mem_enc_ioctl,
     sev_vm_destroy,
@@ -95,6 +95,7 @@ class VcpuSvm(State):
     """
 
     saved = ("vmcb", "vmsa", "sev_es", "cpl", "ran", "asid_generation", "core")
+    derived = {"entered_with": "kept, to be made anew when what it was made from has changed"}
 
     def __init__(self, npt: "Npt", core: Core, lockdep: Lockdep) -> None:
         self.vmcb = Vmcb(0, npt)
@@ -105,6 +106,8 @@ class VcpuSvm(State):
         """Entered at least once: its translations were flushed then (pre_sev_run())."""
         self.asid_generation = 0
         self.core = core
+        self.entered_with: tuple[object, bytes] | None = None
+        """The save area of the last entry and what it was made from (save_area.py)."""
 
 
 class SvmOps(State):
@@ -317,11 +320,10 @@ def _enter_exit(vcpu: "KvmVcpu") -> Steps[None]:
     if sev_es_guest(vcpu.kvm):
         yield from svm.core.vmrun(svm.vmcb)
         return
-    svm.vmcb.save = save = save_area(vcpu)
-    sync_fpu(save, vcpu.arch.fpu)
+    svm.vmcb.save = save = enter_save_area(vcpu)
     try:
         yield from svm.core.vmrun(svm.vmcb)
-        load_save_area(vcpu, save)
+        leave_save_area(vcpu, save)
     finally:
         svm.vmcb.save = None
 
