@@ -43,8 +43,10 @@ class Thread(Task):
         now = monotonic()
         if now - self.began < _QUICK:
             return False
-        self.began = now  # and not before as long again
-        return bool(self._pending_signals())
+        if self._pending_signals():
+            return True  # and it stays, until the call has ended
+        self.began = now
+        return False
 
     def _pending_signals(self) -> int:
         masks = {"SigPnd": 0, "ShdPnd": 0, "SigBlk": 0, "SigIgn": 0}
