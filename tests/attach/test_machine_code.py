@@ -145,6 +145,18 @@ print(g.run(), g.regs()["r8"], g.regs()["rdx"])
     assert out.split() == ["5", "2", expected]
 
 
+def test_what_linux_does_not_emulate_is_an_internal_error() -> None:
+    """x87 from MMIO: handle_emulation_failure(), with the bytes of the instruction."""
+    out = caught(
+        GUEST
+        + """
+g = Guest("mov $0x200000, %rax; flds (%rax)")
+print(g.run(), g.union("<II")[0], g.run_page[49:51] == b"\\xd9\\x00")
+"""
+    )
+    assert out.split() == ["17", "1", "True"]
+
+
 def test_an_exception_without_a_handler_is_shutdown() -> None:
     out = caught(GUEST + 'g = Guest("ud2")\nprint(g.run())')
     assert out.split() == ["8"]

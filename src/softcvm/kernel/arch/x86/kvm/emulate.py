@@ -23,6 +23,7 @@ __all__ = ("handle_emulation_failure", "x86_emulate_mmio")
 _INTERNAL_ERROR_EMULATION = 1
 _FLAG_INSTRUCTION_BYTES = 1
 _FETCHED = 15
+_X87 = ("fnstcw", "fnstsw")
 _U64 = (1 << 64) - 1
 
 
@@ -48,6 +49,8 @@ def x86_emulate_mmio(vcpu: "KvmVcpu", gpa: int, code: bytes) -> int:
     if not code:
         return handle_emulation_failure(vcpu, code)
     move = _decode(code)
+    if move is None:
+        return handle_emulation_failure(vcpu, code)
     run, arch = vcpu.run, vcpu.arch
     run.exit_reason = KvmExit.MMIO
     run.mmio_phys_addr = gpa
@@ -82,9 +85,16 @@ def _complete_write(vcpu: "KvmVcpu") -> Steps[int]:
 def handle_emulation_failure(vcpu: "KvmVcpu", code: bytes) -> int:
     """#UD for the guest; at privilege level 0 user space hears of it, with exit information and bytes."""
     vmcb = vcpu.arch.svm.vmcb
+    if vcpu.kvm.arch.exit_on_emulation_error:
+        return _prepare_emulation_failure_exit(vcpu, code)
     vmcb.event_inj = int(EventInj.VALID | EventInj.TYPE_EXCEPTION | Vector.UD)
     if vcpu.arch.sregs.segment("ss").dpl:
         return 1
+    return _prepare_emulation_failure_exit(vcpu, code)
+
+
+def _prepare_emulation_failure_exit(vcpu: "KvmVcpu", code: bytes) -> int:
+    vmcb = vcpu.arch.svm.vmcb
     info = [vmcb.exit_code & (1 << 32) - 1, vmcb.exit_info_1, vmcb.exit_info_2, 0, 0]
     words = [_FLAG_INSTRUCTION_BYTES if code else 0]
     data = struct.pack("<Q", words[0])
@@ -99,11 +109,14 @@ def handle_emulation_failure(vcpu: "KvmVcpu", code: bytes) -> int:
     return 0
 
 
-def _decode(code: bytes) -> _Move:
+def _decode(code: bytes) -> _Move | None:
+    """None for what Linux's emulator does not know either: x87 but for its control and status words."""
     from capstone import x86 as cs
 
     insn = next(_decoder().disasm(code, 0, 1), None)
     if insn is None or insn.mnemonic not in ("mov", "movabs", "movzx", "movsx", "movsxd"):
+        if insn is not None and insn.mnemonic.startswith("f") and insn.mnemonic not in _X87:
+            return None
         shown = f"{insn.mnemonic} {insn.op_str}" if insn is not None else code.hex()
         raise Unmodelled(f"MMIO by the instruction {shown}")
     to, source = insn.operands
