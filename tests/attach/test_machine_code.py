@@ -190,3 +190,26 @@ print(t.is_alive(), struct.unpack("<2Q", g.peek(0x40008, 16)))
 """
     )
     assert out.split("\n") == ["False (1, 4386)"]
+
+
+def test_code_in_the_place_of_an_instruction_that_left_the_guest_is_the_guests_own() -> None:
+    """The second time, NOPs and an INC are where OUT was: nothing stops there, nor is it invalid."""
+    out = caught(
+        GUEST
+        + """
+g = Guest("1: mov $0x3f8, %dx; out %al, %dx; inc %rcx; cmp $2, %rcx; je 2f; movb $0x90, 0x1004; jmp 1b; 2: hlt")
+print(g.run(), g.run(), g.regs()["rcx"])
+"""
+    )
+    assert out.split() == ["2", "5", "2"]
+
+
+def test_an_instruction_that_leaves_the_guest_is_found_where_ordinary_code_was() -> None:
+    out = caught(
+        GUEST
+        + """
+g = Guest("1: mov $0x3f8, %dx; nop; inc %rcx; cmp $2, %rcx; je 2f; movb $0xee, 0x1004; jmp 1b; 2: hlt")
+print(g.run(), g.run(), g.regs()["rcx"])
+"""
+    )
+    assert out.split() == ["2", "5", "2"]

@@ -60,6 +60,8 @@ class ExitCode(IntEnum):
 
 
 class Vector(IntEnum):
+    BP = 3
+    OF = 4
     UD = 6
     DF = 8
     TS = 10

@@ -22,7 +22,7 @@ from softcvm.abi.insn import (
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.sim.errors import Unmodelled
 
-__all__ = ("accessed", "decode", "state_instruction")
+__all__ = ("accessed", "decode", "leaves", "leaving", "state_instruction")
 
 _U32, _U16 = (1 << 32) - 1, (1 << 16) - 1
 _NAMED = {
@@ -36,6 +36,33 @@ _NAMED = {
 """Encodings that capstone does not know, or not all of."""
 _STATE = frozenset({"xsave", "xsave64", "xrstor", "xrstor64", "xgetbv"})
 _SIZES = {"al": 1, "ax": 2, "eax": 4}
+_LEAVES = frozenset(
+    {
+        *("in", "out", "insb", "insw", "insd", "outsb", "outsw", "outsd"),
+        *("cpuid", "rdmsr", "wrmsr", "hlt", "vmmcall", "vmcall", "invd", "wbinvd", "rdpmc"),
+        *("xsave", "xsave64", "xrstor", "xrstor64", "xgetbv", "xsavec", "xsaves", "xrstors"),
+        *("xsetbv", "monitor", "mwait", "vmrun", "vmload", "vmsave", "clgi", "stgi", "skinit"),
+    }
+)
+_ENDS = ("ret", "call", "iretq", "syscall")
+
+
+def leaving(code: bytes) -> list[tuple[int, int]]:
+    """Offsets and lengths of instructions that leave the guest, up to the end of the block."""
+    found = []
+    for address, size, mnemonic, _ in _decoder().disasm_lite(code, 0):
+        if mnemonic.split()[-1] in _LEAVES:
+            found.append((address, size))
+        if mnemonic.startswith("j") or mnemonic in _ENDS:
+            break
+    return found
+
+
+def leaves(code: bytes) -> bool:
+    """Whether the first instruction is one that leaves the guest."""
+    return any(code.startswith(encoding) for encoding in _NAMED) or leaving(code)[:1] == [
+        (0, next(_decoder().disasm_lite(code, 0, 1), (0, 0))[1])
+    ]
 
 
 def decode(code: bytes, state: Vmsa) -> tuple[GuestOp | None, int]:

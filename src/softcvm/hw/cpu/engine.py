@@ -16,6 +16,8 @@ from enum import Enum, auto
 from functools import cache
 from typing import Any, NamedTuple
 
+from softcvm.hw.cpu.decode import leaving
+
 __all__ = (
     "FETCH",
     "PERM_EXEC",
@@ -38,14 +40,6 @@ _SUSPECT = re.compile(
     re.S,
 )
 """Bytes that an instruction which leaves the guest can begin with, prefixes aside."""
-_LEAVES = frozenset(
-    {
-        *("in", "out", "insb", "insw", "insd", "outsb", "outsw", "outsd"),
-        *("cpuid", "rdmsr", "wrmsr", "hlt", "vmmcall", "vmcall", "invd", "wbinvd", "rdpmc"),
-        *("xsave", "xsave64", "xrstor", "xrstor64", "xgetbv", "xsavec", "xsaves", "xrstors"),
-        *("xsetbv", "monitor", "mwait", "vmrun", "vmload", "vmsave", "clgi", "stgi", "skinit"),
-    }
-)
 
 
 class Halt(Enum):
@@ -96,7 +90,9 @@ class Engine:
         uc.hook_add(self._u.UC_HOOK_EDGE_GENERATED, self._block_translated)
         self._flag, self._stub = _block_hook(uc, self._u.UC_HOOK_BLOCK)
         self._sites: set[int] = set()
-        """Addresses with a hook before an instruction."""
+        """Addresses with a hook before an instruction.  They stay: other code may be there by now, or another
+        address space's, and what has been translated elsewhere relies on them."""
+        self._over: int | None = None
         self._stop: Stop | None = None
         self._privately = False
         """Executing from the scratch pages."""
@@ -128,13 +124,20 @@ class Engine:
             uc.emu_stop()
 
     def _reached(self, uc: Any, address: int, size: int, _: Any) -> None:
+        if address == self._over:
+            self._over = None
+            return
         self._stop = Stop(Halt.INTERCEPT)
         uc.emu_stop()
 
     # What the model calls
 
-    def run(self, rip: int) -> Stop:
-        """Execute from a linear address until the model has to decide; RIP is where it stopped."""
+    def run(self, rip: int, *, over: bool = False) -> Stop:
+        """Execute from a linear address until the model has to decide; RIP is where it stopped.
+
+        over: the first instruction is one of the guest's own, though there is a hook before it.
+        """
+        self._over = rip if over else None
         while True:
             stop = self._run_once(rip)
             if stop is not None:
@@ -193,7 +196,7 @@ class Engine:
         if not _SUSPECT.search(code):
             return False
         new = False
-        for place, length in _leaving(code):
+        for place, length in leaving(code):
             at = address + place
             if at not in self._sites:
                 self._sites.add(at)
@@ -211,19 +214,6 @@ class Engine:
             page, _ = self._translate(at & ~4095, FETCH)
             found += bytes(self._memory[page + (at & 4095) : page + (at & 4095) + length])
         return found
-
-
-def _leaving(code: bytes) -> list[tuple[int, int]]:
-    """Offsets and lengths of instructions that leave the guest, up to the end of the block."""
-    from capstone import CS_ARCH_X86, CS_MODE_64, Cs
-
-    found = []
-    for address, size, mnemonic, _ in Cs(CS_ARCH_X86, CS_MODE_64).disasm_lite(code, 0):
-        if mnemonic.split()[-1] in _LEAVES:
-            found.append((address, size))
-        if mnemonic.startswith("j") or mnemonic in ("ret", "call", "iretq", "syscall"):
-            break
-    return found
 
 
 def _block_hook(uc: Any, kind: int) -> tuple[ctypes.c_uint64, Any]:

@@ -26,11 +26,15 @@ _IDT = 2
 
 
 class Event(NamedTuple):
-    """An exception to deliver.  error_code is None where the vector has none."""
+    """An exception or INT n to deliver.  error_code is None where the vector has none.
+
+    length: bytes of the INT n or INT3, which RIP has passed; 0 for an exception.
+    """
 
     vector: int
     error_code: int | None = None
     cr2: int = 0
+    length: int = 0
 
     def then(self, second: "Event") -> "Event":
         """What comes of a fault while this one is delivered.  [APM2-24593 Table 8-3]"""
@@ -54,7 +58,7 @@ def deliver(memory: Memory, state: Vmsa, event: Event) -> tuple[Segment | None, 
 
     Raises GuestException for a fault on the way, and what reaching memory raises.
     """
-    gate = _gate(memory, state, event.vector)
+    gate = _gate(memory, state, event)
     offset = gate[0] | gate[4] << 16 | gate[5] << 32
     selector, ist, kind = gate[1], gate[2] & 7, gate[3]
     cs = _code_segment(memory, state, selector)
@@ -68,6 +72,8 @@ def deliver(memory: Memory, state: Vmsa, event: Event) -> tuple[Segment | None, 
     if event.error_code is not None:
         frame.insert(0, event.error_code)
     stack -= 8 * len(frame)
+    if stack + (1 << 47) & (1 << 64) - 1 >= 1 << 48:
+        raise GuestException(Vector.SS, 0)
     memory.write_linear(stack, struct.pack(f"<{len(frame)}Q", *frame), _PUSH)
     if event.vector == Vector.PF:
         state.cr2 = event.cr2
@@ -79,14 +85,20 @@ def deliver(memory: Memory, state: Vmsa, event: Event) -> tuple[Segment | None, 
     return (None if cs.selector == old_cs.selector and dpl == cpl else cs), ss
 
 
-def _gate(memory: Memory, state: Vmsa, vector: int) -> tuple[int, ...]:
-    """Offset low, selector, IST, type, offset middle and high of a gate.  #GP, #NP."""
+def _gate(memory: Memory, state: Vmsa, event: Event) -> tuple[int, ...]:
+    """Offset low, selector, IST, type, offset middle and high of a gate.  #GP, #NP.
+
+    INT n must have the privilege that the gate asks for; an exception need not.
+    """
     table = Segment(state.idtr)
-    error = vector << 3 | _IDT | _EXT
+    vector = event.vector
+    error = vector << 3 | _IDT | (0 if event.length else _EXT)
     if 16 * vector + 15 > table.limit:
         raise GuestException(Vector.GP, error)
     gate = struct.unpack("<HHBBHI", memory.read_linear(table.base + 16 * vector, 12, _SYSTEM))
     if gate[3] & 0x1F not in (_INTERRUPT_GATE, _TRAP_GATE):
+        raise GuestException(Vector.GP, error)
+    if event.length and gate[3] >> 5 & 3 < state.cpl:
         raise GuestException(Vector.GP, error)
     if not gate[3] & _PRESENT:
         raise GuestException(Vector.NP, error)

@@ -25,6 +25,7 @@ from softcvm.abi.svm import EventInj, ExitCode, GuestException, PfErr, Vector
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.access import NptFault
 from softcvm.hw.cpu.core import GuestCpu, record_exit
+from softcvm.hw.cpu.decode import accessed, decode, leaves, state_instruction
 from softcvm.hw.cpu.engine import (
     FETCH,
     PERM_EXEC,
@@ -74,6 +75,7 @@ class TcgCore(State):
         "_cpu": "during an entry",
         "_event": "None between entries, but for an event under delivery",
         "_asked": "during an entry",
+        "_over": "during an entry",
         "_translations": "what the engine's translations were made from",
     }
 
@@ -87,6 +89,8 @@ class TcgCore(State):
         self._translations: tuple[object, ...] = ()
         self._asked: int | None = None
         """The page that the engine asked for last."""
+        self._over = False
+        """The instruction at RIP is the engine's to execute, though it has a hook."""
 
     def interrupt(self) -> None:
         """A physical interrupt; any thread may raise it."""
@@ -119,9 +123,8 @@ class TcgCore(State):
 
     def _enter(self, cpu: GuestCpu, vmcb: Vmcb, state: Vmsa) -> None:
         if not (state.efer & _EFER_LMA and Segment(state.cs).attrib & _CS_L):
-            cpu.fetch(
-                Fetch(Segment(state.cs).base + state.rip & _U32)
-            )  # where even that fails, it says so
+            gpa = Segment(state.cs).base + state.rip & _U32
+            cpu.fetch(Fetch(gpa))  # where even that fails, it says so
             raise Unmodelled("guest code outside of 64-bit mode")
         dram = self.soc.dram
         if not isinstance(dram, MappedDram):
@@ -169,8 +172,6 @@ class TcgCore(State):
 
     def _offset(self, state: Vmsa, code: bytes) -> int:
         """Offset in the page of the access that faulted: the engine asks for whole pages."""
-        from softcvm.hw.cpu.decode import accessed
-
         if not code or self._asked is None:
             return 0
         return accessed(code, state, self._asked) & PAGE_MASK
@@ -183,17 +184,36 @@ class TcgCore(State):
             self._deliver(cpu, state, self._event)
             return
         self._flush_stale(cpu)
-        stop = self._engine.run(self._engine.uc.reg_read(self._engine.x.UC_X86_REG_RIP))
+        rip = self._engine.uc.reg_read(self._engine.x.UC_X86_REG_RIP)
+        over, self._over = self._over, False
+        stop = self._engine.run(rip, over=over)
         match stop.why:
             case Halt.FAULT:
                 self._fault(stop)
             case Halt.EXCEPTION:
                 code = 0 if stop.vector in _WITH_ERROR_CODE else None
-                self._event = Event(stop.vector, code)
-            case Halt.INVALID | Halt.INTERCEPT:
+                self._event = Event(
+                    stop.vector, code, length=self._software(state, stop.vector)
+                )
+            case Halt.INVALID:
                 self._instruction(cpu, vmcb, state)
+            case Halt.INTERCEPT:
+                self._instruction(cpu, vmcb, state, hooked=True)
             case Halt.INTERRUPTED:
                 pass  # whoever interrupted has set vmcb.intr, or wants the model for a while
+
+    def _software(self, state: Vmsa, vector: int) -> int:
+        """Length of the INT n that RIP has just passed; 0 for an exception, whose RIP is where it was.
+
+        Vectors below 32 are taken for exceptions, but for those that no instruction raises in 64-bit mode.
+        """
+        if vector < 32 and vector not in (Vector.BP, Vector.OF):
+            return 0
+        assert self._registers is not None
+        self._registers.store_general(state)
+        access = Access(fetch=True, user=state.cpl == 3)
+        short = vector == Vector.BP and self.read_linear(state.rip - 1, 1, access) == b"\xcc"
+        return 1 if short else 2
 
     def _fault(self, stop: Stop) -> None:
         """Raised while an address was translated."""
@@ -218,6 +238,8 @@ class TcgCore(State):
         try:
             code, stack = deliver(self, state, event)
         except GuestException as second:
+            state.rip -= event.length
+            self._registers.load(state)
             self._event = event.then(Event(int(second.vector), second.error_code, second.cr2))
             return
         self._event = None
@@ -225,15 +247,21 @@ class TcgCore(State):
             self._registers.set_code_and_stack(code, stack)
         self._registers.load(state)
 
-    def _instruction(self, cpu: GuestCpu, vmcb: Vmcb, state: Vmsa) -> None:
-        """One that the engine left to us, at RIP."""
+    def _instruction(
+        self, cpu: GuestCpu, vmcb: Vmcb, state: Vmsa, *, hooked: bool = False
+    ) -> None:
+        """One that the engine left to us, at RIP; or, at an old hook, one that it can execute."""
         assert self._registers is not None
         self._registers.store(state)
+        self._asked = None  # what faults now is not the engine's access
         try:
             code = self._fetch_code(state)
+            if hooked and not leaves(code):
+                self._over = True
+                return
             length = self._own_instruction(state, code)
             if not length:
-                op, length = _decode(code, state)
+                op, length = decode(code, state)
                 if op is None:
                     raise GuestException(Vector.UD)
                 _write_back(state, op, self._execute(cpu, vmcb, op, length))
@@ -246,8 +274,6 @@ class TcgCore(State):
 
     def _own_instruction(self, state: Vmsa, code: bytes) -> int:
         """One that the processor executes itself and the engine cannot; its length, 0 for another."""
-        from softcvm.hw.cpu.decode import state_instruction
-
         found = state_instruction(code, state)
         if found is None:
             return 0
@@ -276,19 +302,17 @@ class TcgCore(State):
             case Pvalidate() | Rmpadjust() if not cpu.snp:
                 raise GuestException(Vector.UD)
             case Pvalidate():
+                op = op._replace(gpa=self._gpa_of(cpu, op.gpa))
                 return pvalidate(self.soc, cpu.npt, cpu.asid, cpu.vmpl, op)
             case Rmpadjust():
+                op = op._replace(gpa=self._gpa_of(cpu, op.gpa))
                 return rmpadjust(self.soc, cpu.npt, cpu.asid, cpu.vmpl, op)
-            case Vmgexit() if cpu.sev_es:
+            case Vmgexit() | Hlt() if cpu.sev_es:  # automatic exits: RIP is behind them
                 cpu.vmsa.rip += length
                 assert self._registers is not None
                 self._registers.load(cpu.vmsa)
-                raise VmExitRaised(ExitCode.VMGEXIT)
-            case Hlt() if cpu.sev_es:
-                cpu.vmsa.rip += length
-                assert self._registers is not None
-                self._registers.load(cpu.vmsa)
-                raise VmExitRaised(ExitCode.HLT)
+                hlt = isinstance(op, Hlt)
+                raise VmExitRaised(ExitCode.HLT if hlt else ExitCode.VMGEXIT)
         return intercepted(cpu, vmcb, op, length)
 
     # Memory, as the processor itself reaches it
@@ -341,6 +365,12 @@ class TcgCore(State):
         cpu.store(Store(found.gpa, data, found.c), 0)
         return b""
 
+    def _gpa_of(self, cpu: GuestCpu, address: int) -> int:
+        """What PVALIDATE and RMPADJUST take in rAX is linear.  #PF as of a load."""
+        if cpu.vmsa.cpl:
+            raise GuestException(Vector.GP)
+        return walk_guest(_Table(cpu), cpu.vmsa, address, Access(), self._c_bit(cpu)).gpa
+
     def _c_bit(self, cpu: GuestCpu) -> int | None:
         return 1 << self.soc.profile.c_bit if cpu.sev else None
 
@@ -359,7 +389,7 @@ class TcgCore(State):
         access = Access(fetch=True, user=self._registers.cpl == 3)
         room = 4096 - (state.rip & PAGE_MASK)
         code = self.read_linear(state.rip, min(_LONGEST, room), access)
-        if room < _LONGEST and _decode(code, state)[1] == 0:
+        if room < _LONGEST and decode(code, state)[1] == 0:
             code += self.read_linear(state.rip + room, _LONGEST - room, access)
         return code
 
@@ -390,13 +420,6 @@ def _pieces(address: int, length: int) -> list[tuple[int, int]]:
         address += size
         length -= size
     return pieces
-
-
-def _decode(code: bytes, state: Vmsa) -> tuple[GuestOp | None, int]:
-    """The instruction and its length; None for one that does not leave the guest, length 0 for none at all."""
-    from softcvm.hw.cpu.decode import decode
-
-    return decode(code, state)
 
 
 def _write_back(state: Vmsa, op: GuestOp, result: Any) -> None:
