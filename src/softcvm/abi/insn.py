@@ -146,6 +146,13 @@ class Cpuid(NamedTuple):
     index: int = 0  # type: ignore[assignment]  # not tuple.index
 
 
+class Xsetbv(NamedTuple):
+    """XSETBV: an extended control register; KVM intercepts it but in a guest with SEV-ES."""
+
+    register: int
+    value: int
+
+
 class Vmgexit(NamedTuple):
     """VMGEXIT F3 0F 01 D9.  The guest gets the GHCB MSR as the hypervisor left it.
 
@@ -179,6 +186,7 @@ GuestOp = (
     | Out
     | Vmmcall
     | Vmgexit
+    | Xsetbv
     | StartState
     | Hlt
 )

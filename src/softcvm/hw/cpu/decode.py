@@ -18,6 +18,7 @@ from softcvm.abi.insn import (
     Vmgexit,
     Vmmcall,
     Wrmsr,
+    Xsetbv,
 )
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.sim.errors import Unmodelled
@@ -129,6 +130,8 @@ def _plain(mnemonic: str, operands: str, state: Vmsa) -> GuestOp | None:
             return Rdmsr(state.rcx & _U32)
         case "wrmsr":
             return Wrmsr(state.rcx & _U32, (state.rdx & _U32) << 32 | state.rax & _U32)
+        case "xsetbv":
+            return Xsetbv(state.rcx & _U32, (state.rdx & _U32) << 32 | state.rax & _U32)
         case "in":
             register, port = operands.split(", ")
             return In(_port(port, state), _SIZES[register])

@@ -288,7 +288,11 @@ class TcgCore(State):
                 cpu.vmsa.rip += length
                 assert self._registers is not None
                 self._registers.load(cpu.vmsa)
-                raise VmExitRaised(ExitCode.HLT)
+                raise VmExitRaised(ExitCode.HLT if vmcb.hlt_exits else ExitCode.INTR)
+            case Hlt() if not vmcb.hlt_exits:
+                cpu.vmsa.rip += length
+                assert self._registers is not None
+                self._registers.load(cpu.vmsa)
         return intercepted(cpu, vmcb, op, length)
 
     # Memory, as the processor itself reaches it

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 from softcvm.abi.ghcb import GhcbError, GhcbExit, IoioInfo
 from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.kvm.vcpu import KvmCpuidEntry2, MpState
+from softcvm.abi.svm import EventInj, Vector
 from softcvm.kernel.arch.x86.kvm.regs import is_64_bit_mode, kvm_get_linear_rip
 from softcvm.kernel.arch.x86.kvm.svm.msr import msr_interception
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_es_guest, sev_info
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_emulate_hypercall, kvm_vcpu_has_events
+from softcvm.kernel.arch.x86.kvm.xcr import kvm_set_xcr
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.sim.addr import PAGE_SIZE
 from softcvm.sim.steps import Steps
@@ -26,11 +28,14 @@ __all__ = (
     "kvm_emulate_ap_reset_hold",
     "kvm_emulate_cpuid",
     "kvm_emulate_halt",
+    "kvm_emulate_xsetbv",
     "sev_es_mmio",
     "svm_invoke_exit_handler",
     "svm_skip_emulated_instruction",
 )
 
+_U32 = (1 << 32) - 1
+_GP = int(EventInj.VALID | EventInj.TYPE_EXCEPTION | EventInj.ERROR_CODE_VALID | Vector.GP)
 _CPUID_SIGNIFICANT_INDEX = 1
 _KVM_EXIT_IO_IN, _KVM_EXIT_IO_OUT = 0, 1
 _INTERNAL_ERROR_UNEXPECTED_EXIT_REASON = 4
@@ -129,6 +134,19 @@ def _find(vcpu: "KvmVcpu", function: int, index: int) -> KvmCpuidEntry2 | None:
         ):
             return entry
     return None
+
+
+# XSETBV
+
+
+def kvm_emulate_xsetbv(vcpu: "KvmVcpu") -> int:
+    """#GP outside of level 0 and for a value that the guest may not set."""
+    regs, svm = vcpu.arch.regs, vcpu.arch.svm
+    value = (regs.rdx & _U32) << 32 | regs.rax & _U32
+    if vcpu.arch.sregs.segment("ss").dpl or not kvm_set_xcr(vcpu, regs.rcx & _U32, value):
+        svm.vmcb.event_inj = _GP
+        return 1
+    return svm_skip_emulated_instruction(vcpu)
 
 
 # HLT
