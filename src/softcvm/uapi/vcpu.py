@@ -29,6 +29,7 @@ from softcvm.abi.layout import Layout
 from softcvm.kernel.arch.x86.kvm import regs
 from softcvm.kernel.arch.x86.kvm.enable_cap import kvm_vcpu_ioctl_enable_cap
 from softcvm.kernel.arch.x86.kvm.events import get_vcpu_events, set_vcpu_events
+from softcvm.kernel.arch.x86.kvm.gva import kvm_translate
 from softcvm.kernel.arch.x86.kvm.lapic import kvm_apic_accept_events
 from softcvm.kernel.arch.x86.kvm.lapic_state import (
     KVM_APIC_REG_SIZE,
@@ -83,7 +84,6 @@ _SIZES = {
 }
 _UNMODELLED = frozenset(
     {
-        k.KVM_TRANSLATE,
         k.KVM_INTERRUPT,
         k.KVM_NMI,
         k.KVM_SMI,
@@ -175,6 +175,15 @@ def _locked(
             return 0
         case k.KVM_X86_SETUP_MCE:
             kvm_x86_setup_mce(vcpu, int.from_bytes((yield from argp.read(8)), "little"))
+            return 0
+        case k.KVM_TRANSLATE:
+            address = int.from_bytes((yield from argp.read(24))[:8], "little")
+            yield from vcpu.kvm.srcu.acquire_read()
+            try:
+                found = yield from kvm_translate(vcpu, address)
+            finally:
+                vcpu.kvm.srcu.release_read()
+            yield from argp.write(found)
             return 0
         case k.KVM_GET_NESTED_STATE:
             yield from svm_get_nested_state(argp)

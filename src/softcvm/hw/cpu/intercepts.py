@@ -15,6 +15,7 @@ from softcvm.abi.insn import (
     In,
     Out,
     Rdmsr,
+    StringIo,
     Vmgexit,
     Vmmcall,
     Wrmsr,
@@ -56,6 +57,10 @@ def intercepted(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp, length: int = 0) -> Any:
     match op:
         case Rdmsr(msr) if msr == Msr.SEV_STATUS and cpu.sev:
             return cpu.sev_status
+        case Rdmsr(msr) if msr in vmcb.rdmsr_exits:
+            pass
+        case Wrmsr(msr) if msr in vmcb.wrmsr_exits:
+            pass
         case Rdmsr(msr) if msr in _DIRECT:
             return getattr(cpu.vmsa, _DIRECT[msr])
         case Wrmsr(msr, value) if msr in _DIRECT:
@@ -109,6 +114,9 @@ def _exit(op: GuestOp) -> tuple[ExitCode, int, dict[str, int]]:
             return ExitCode.IOIO, _ioio(op.port, op.size) | IoioInfo.IN, {}
         case Out():
             return ExitCode.IOIO, _ioio(op.port, op.size), {"rax": op.value}
+        case StringIo():
+            bits = IoioInfo.STRING | IoioInfo.IN * op.incoming | IoioInfo.REP * op.repeated
+            return ExitCode.IOIO, _ioio(op.port, op.size) | bits, {}
         case Vmmcall():
             return (
                 ExitCode.VMMCALL,

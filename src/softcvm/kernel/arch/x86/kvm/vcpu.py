@@ -46,6 +46,7 @@ class KvmRequest(IntFlag):
 
     UPDATE_PROTECTED_GUEST_STATE = 1 << 0
     DIRTY_RING_SOFT_FULL = 1 << 1
+    MSR_FILTER_CHANGED = 1 << 2
 
 
 MSR_IA32_CR_PAT = 0x277

@@ -12,6 +12,7 @@ from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.kvm.vcpu import KvmCpuidEntry2, MpState
 from softcvm.abi.svm import EventInj, Vector
 from softcvm.kernel.arch.x86.kvm.regs import is_64_bit_mode, kvm_get_linear_rip
+from softcvm.kernel.arch.x86.kvm.string_io import PlainStringIo, emulate_string_io
 from softcvm.kernel.arch.x86.kvm.svm.msr import msr_interception
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_es_guest, sev_info
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_emulate_hypercall, kvm_vcpu_has_events
@@ -182,9 +183,12 @@ def _io_interception(vcpu: "KvmVcpu") -> Steps[int]:
     if not size:
         return 1
     if info & IoioInfo.STRING:
-        if not sev_es_guest(vcpu.kvm):
-            raise Unmodelled("INS or OUTS of a guest without SEV-ES")
         incoming = bool(info & IoioInfo.IN)
+        if not sev_es_guest(vcpu.kvm):
+            repeated, next_rip = bool(info & IoioInfo.REP), vcpu.arch.svm.vmcb.next_rip
+            port = info >> IoioInfo.PORT_SHIFT
+            io = PlainStringIo(port, size, incoming, repeated, next_rip)
+            return (yield from emulate_string_io(vcpu, io))
         return (
             yield from _string_io(vcpu, info >> IoioInfo.PORT_SHIFT, size, incoming=incoming)
         )

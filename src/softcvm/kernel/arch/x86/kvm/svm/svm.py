@@ -39,6 +39,7 @@ from softcvm.kernel.arch.x86.kvm.svm.ghcb import (
     sev_es_vcpu_reset,
     sev_handle_vmgexit,
 )
+from softcvm.kernel.arch.x86.kvm.svm.msr import svm_msr_filter_changed
 from softcvm.kernel.arch.x86.kvm.svm.save_area import enter_save_area, leave_save_area
 from softcvm.kernel.arch.x86.kvm.svm.sev import (
     sev_mem_enc_ioctl,
@@ -167,6 +168,7 @@ class SvmOps(State):
         vcpu.arch.svm = VcpuSvm(kvm.arch.npt, core, self.linux.lockdep)
         sev_vcpu_create(vcpu)
         vcpu.arch.svm.vmcb.hlt_exits = not kvm.arch.disabled_exits & KVM_X86_DISABLE_EXITS_HLT
+        svm_msr_filter_changed(vcpu)
         if sev_es_guest(kvm):
             sev_es_vcpu_reset(vcpu)
 
@@ -195,6 +197,9 @@ class SvmOps(State):
         if not sev_es_guest(vcpu.kvm):
             raise Unmodelled("SIPI to a vCPU whose registers KVM sets")
         sev_vcpu_deliver_sipi_vector(vcpu)
+
+    def msr_filter_changed(self, vcpu: "KvmVcpu") -> None:
+        svm_msr_filter_changed(vcpu)
 
     def vcpu_kick(self, vcpu: "KvmVcpu") -> None:
         """A reschedule interrupt to the processor that runs the vCPU, if one does."""
