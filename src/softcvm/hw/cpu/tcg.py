@@ -114,6 +114,8 @@ class TcgCore(State):
             self._leave(cpu, vmcb, state)
             cpu.leave(vmcb, ExitCode.NPF, fault.error_code, gpa)
         except VmExitRaised as left:
+            if left.code == ExitCode.SHUTDOWN:
+                self._event = None  # nothing is left to deliver
             self._leave(cpu, vmcb, state)
             cpu.leave(vmcb, left.code, left.info_1, left.info_2)
 

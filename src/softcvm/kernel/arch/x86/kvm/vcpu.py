@@ -85,6 +85,7 @@ class VcpuArch(State):
         "xcr0",
         "debugregs",
         "guest_debug",
+        "exception_injected",
         "msrs",
         "cpuid_entries",
         "pv_enforce",
@@ -124,6 +125,8 @@ class VcpuArch(State):
         self.xcr0 = 1
         self.debugregs = KvmDebugregs(dr6=0xFFFF_0FF0, dr7=0x400)
         self.guest_debug = 0
+        self.exception_injected = False
+        """The exception in vmcb.event_inj is one whose delivery user space saw begin; else it is pending."""
         self.msrs: dict[int, int] = {MSR_IA32_CR_PAT: _PAT_RESET}
         self.cpuid_entries: list[KvmCpuidEntry2] = []
         self.pv_enforce = False

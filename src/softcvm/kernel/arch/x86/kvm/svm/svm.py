@@ -296,6 +296,7 @@ def svm_vcpu_run(asids: SevAsids, vcpu: "KvmVcpu") -> Steps[int]:
         # Interrupts are off: a kick from here on is delivered when the guest runs.
         kvm.srcu.release_read()  # memslots may change while the guest runs
         yield from preempt("VMRUN")
+        vcpu.arch.exception_injected = False
         yield from _enter_exit(vcpu)
     finally:
         vcpu.arch.in_guest = False
