@@ -12,6 +12,7 @@ from softcvm.abi.svm import EventInj, Vector
 from softcvm.kernel.arch.x86.kvm.gva import GuestPageFault, kvm_gva_to_gpa
 from softcvm.kernel.arch.x86.kvm.svm.ghcb_page import kvm_read_guest, kvm_vcpu_write_guest
 from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.virt.kvm.coalesced_mmio import kvm_io_bus_write
 from softcvm.sim.addr import PAGE_MASK, PAGE_SIZE, Gpa
 from softcvm.sim.steps import Steps
 
@@ -75,11 +76,13 @@ def _outs(vcpu: "KvmVcpu", io: PlainStringIo) -> Steps[int]:
     data = yield from _read(vcpu, regs.rsi, io.size)
     if data is None:
         return 1
-    _leave(vcpu, io, 1, data)
+    handled = kvm_io_bus_write(vcpu.kvm, io.port, data, pio=True)
+    if not handled:
+        _leave(vcpu, io, 1, data)
     step = -io.size if regs.rflags & _RFLAGS_DF else io.size
     regs.rsi = regs.rsi + step & _U64
     _advance(vcpu, io, 1)
-    return 0
+    return int(handled)
 
 
 def _items(vcpu: "KvmVcpu", io: PlainStringIo) -> int:

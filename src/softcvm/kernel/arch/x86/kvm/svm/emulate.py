@@ -18,6 +18,7 @@ from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_es_guest, sev_info
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_emulate_hypercall, kvm_vcpu_has_events
 from softcvm.kernel.arch.x86.kvm.xcr import kvm_set_xcr
 from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.virt.kvm.coalesced_mmio import kvm_io_bus_write
 from softcvm.sim.addr import PAGE_SIZE
 from softcvm.sim.steps import Steps
 
@@ -195,12 +196,15 @@ def _io_interception(vcpu: "KvmVcpu") -> Steps[int]:
     run = vcpu.run
     incoming = bool(info & IoioInfo.IN)
     data = bytes(size) if incoming else vcpu.arch.regs.rax.to_bytes(8, "little")[:size]
+    port = info >> IoioInfo.PORT_SHIFT
+    if not incoming and kvm_io_bus_write(vcpu.kvm, port, data, pio=True):
+        return svm_skip_emulated_instruction(vcpu)
     vcpu.pio_data[:size] = data
     vcpu.stat["io_exits"] += 1
     run.exit_reason = KvmExit.IO
     run.io_direction = _KVM_EXIT_IO_IN if incoming else _KVM_EXIT_IO_OUT
     run.io_size = size
-    run.io_port = info >> IoioInfo.PORT_SHIFT
+    run.io_port = port
     run.io_count = 1
     run.io_data_offset = PAGE_SIZE  # KVM_PIO_PAGE_OFFSET
     vcpu.arch.pio_linear_rip = kvm_get_linear_rip(vcpu)
@@ -267,6 +271,10 @@ def _next_piece(vcpu: "KvmVcpu", io: StringIo) -> int:
     sev_es.string_io = io._replace(pending=count)
     length = count * io.size
     data = bytes(length) if io.incoming else sev_es.read_scratch(io.done * io.size, length)
+    if not io.incoming and kvm_io_bus_write(vcpu.kvm, io.port, data[: io.size], pio=True):
+        for at in range(io.size, length, io.size):  # what finds no room then is lost
+            kvm_io_bus_write(vcpu.kvm, io.port, data[at : at + io.size], pio=True)
+        return _next_piece(vcpu, io._replace(done=io.done + count))
     vcpu.pio_data[:length] = data
     vcpu.stat["io_exits"] += 1
     run.exit_reason = KvmExit.IO
@@ -311,9 +319,12 @@ def sev_es_mmio(vcpu: "KvmVcpu", *, write: bool) -> Steps[int]:
     if length > _KVM_MMIO_SIZE:
         raise Unmodelled(f"VMGEXIT MMIO of {length} bytes (GHCB version 1)")
     run = vcpu.run
+    address = vcpu.arch.svm.vmcb.exit_info_1
+    if write and kvm_io_bus_write(vcpu.kvm, address, sev_es.read_scratch(0, length), pio=False):
+        return 1
     vcpu.stat["mmio_exits"] += 1
     run.exit_reason = KvmExit.MMIO
-    run.mmio_phys_addr = vcpu.arch.svm.vmcb.exit_info_1
+    run.mmio_phys_addr = address
     run.mmio_len = length
     run.mmio_is_write = int(write)
     if write:
