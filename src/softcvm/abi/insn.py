@@ -132,6 +132,15 @@ class Out(NamedTuple):
     size: int = 1
 
 
+class StringIo(NamedTuple):
+    """INS or OUTS of items of 1, 2 or 4 bytes, once or RCX times; under SEV-ES #VC 0x7b."""
+
+    port: int
+    size: int
+    incoming: bool
+    repeated: bool
+
+
 class Vmmcall(NamedTuple):
     """VMMCALL with RAX and RBX, RCX, RDX, RSI: the guest gets RAX, under SEV-ES #VC 0x81."""
 
@@ -144,6 +153,13 @@ class Cpuid(NamedTuple):
 
     function: int
     index: int = 0  # type: ignore[assignment]  # not tuple.index
+
+
+class Xsetbv(NamedTuple):
+    """XSETBV: an extended control register; KVM intercepts it but in a guest with SEV-ES."""
+
+    register: int
+    value: int
 
 
 class Vmgexit(NamedTuple):
@@ -177,8 +193,10 @@ GuestOp = (
     | Cpuid
     | In
     | Out
+    | StringIo
     | Vmmcall
     | Vmgexit
+    | Xsetbv
     | StartState
     | Hlt
 )

@@ -53,6 +53,7 @@ class ExitCode(IntEnum):
     MSR = 0x7C
     SHUTDOWN = 0x7F
     VMMCALL = 0x81
+    XSETBV = 0x8D
     NPF = 0x400
     AVIC_INCOMPLETE_IPI = 0x401
     AVIC_UNACCELERATED_ACCESS = 0x402

@@ -29,6 +29,7 @@ from softcvm.abi.layout import Layout
 from softcvm.kernel.arch.x86.kvm import regs
 from softcvm.kernel.arch.x86.kvm.enable_cap import kvm_vcpu_ioctl_enable_cap
 from softcvm.kernel.arch.x86.kvm.events import get_vcpu_events, set_vcpu_events
+from softcvm.kernel.arch.x86.kvm.gva import kvm_translate
 from softcvm.kernel.arch.x86.kvm.lapic import kvm_apic_accept_events
 from softcvm.kernel.arch.x86.kvm.lapic_state import (
     KVM_APIC_REG_SIZE,
@@ -39,6 +40,10 @@ from softcvm.kernel.arch.x86.kvm.lapic_state import (
 from softcvm.kernel.arch.x86.kvm.mmu.mmu import kvm_arch_vcpu_pre_fault_memory
 from softcvm.kernel.arch.x86.kvm.msrs import kvm_get_msr, kvm_set_msr, kvm_x86_setup_mce
 from softcvm.kernel.arch.x86.kvm.sregs import get_sregs, get_sregs2, set_sregs, set_sregs2
+from softcvm.kernel.arch.x86.kvm.svm.nested import (
+    svm_get_nested_state,
+    svm_set_nested_state,
+)
 from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_tsc_khz, kvm_vcpu_ioctl_device_attr
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_arch_vcpu_ioctl_run
 from softcvm.kernel.arch.x86.kvm.xsave import XSAVE_SIZE, get_xsave, set_xsave
@@ -79,7 +84,6 @@ _SIZES = {
 }
 _UNMODELLED = frozenset(
     {
-        k.KVM_TRANSLATE,
         k.KVM_INTERRUPT,
         k.KVM_NMI,
         k.KVM_SMI,
@@ -88,8 +92,6 @@ _UNMODELLED = frozenset(
         k.KVM_SET_VAPIC_ADDR,
         k.KVM_X86_SET_MCE,
         k.KVM_KVMCLOCK_CTRL,
-        k.KVM_GET_NESTED_STATE,
-        k.KVM_SET_NESTED_STATE,
         k.KVM_GET_SUPPORTED_HV_CPUID,
         k.KVM_XEN_VCPU_GET_ATTR,
         k.KVM_XEN_VCPU_SET_ATTR,
@@ -173,6 +175,21 @@ def _locked(
             return 0
         case k.KVM_X86_SETUP_MCE:
             kvm_x86_setup_mce(vcpu, int.from_bytes((yield from argp.read(8)), "little"))
+            return 0
+        case k.KVM_TRANSLATE:
+            address = int.from_bytes((yield from argp.read(24))[:8], "little")
+            yield from vcpu.kvm.srcu.acquire_read()
+            try:
+                found = yield from kvm_translate(vcpu, address)
+            finally:
+                vcpu.kvm.srcu.release_read()
+            yield from argp.write(found)
+            return 0
+        case k.KVM_GET_NESTED_STATE:
+            yield from svm_get_nested_state(argp)
+            return 0
+        case k.KVM_SET_NESTED_STATE:
+            yield from svm_set_nested_state(argp)
             return 0
         case k.KVM_SET_DEVICE_ATTR | k.KVM_GET_DEVICE_ATTR | k.KVM_HAS_DEVICE_ATTR:
             attr = KvmDeviceAttr((yield from argp.read(KvmDeviceAttr.SIZE)))

@@ -28,6 +28,10 @@ from softcvm.kernel.arch.x86.kvm.msr_filter import kvm_set_msr_filter
 from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_default_tsc_khz
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr
+from softcvm.kernel.virt.kvm.coalesced_mmio import (
+    kvm_vm_ioctl_register_coalesced_mmio,
+    kvm_vm_ioctl_unregister_coalesced_mmio,
+)
 from softcvm.kernel.virt.kvm.dirty_log import (
     kvm_vm_ioctl_clear_dirty_log,
     kvm_vm_ioctl_get_dirty_log,
@@ -50,8 +54,6 @@ __all__ = ("check_usable", "kvm_vm_ioctl")
 
 _UNMODELLED = frozenset(
     {
-        k.KVM_REGISTER_COALESCED_MMIO,
-        k.KVM_UNREGISTER_COALESCED_MMIO,
         k.KVM_IRQFD,
         k.KVM_IOEVENTFD,
         k.KVM_SIGNAL_MSI,
@@ -151,6 +153,10 @@ def kvm_vm_ioctl(
         case k.KVM_X86_SET_MSR_FILTER:
             filter_ = KvmMsrFilter((yield from argp.read(KvmMsrFilter.SIZE)))
             yield from kvm_set_msr_filter(kvm, proc, filter_)
+        case k.KVM_REGISTER_COALESCED_MMIO:
+            yield from kvm_vm_ioctl_register_coalesced_mmio(kvm, (yield from argp.read(16)))
+        case k.KVM_UNREGISTER_COALESCED_MMIO:
+            yield from kvm_vm_ioctl_unregister_coalesced_mmio(kvm, (yield from argp.read(16)))
         case k.KVM_SET_BOOT_CPU_ID:
             yield from _set_boot_cpu_id(kvm, arg)
         case k.KVM_SET_TSS_ADDR:

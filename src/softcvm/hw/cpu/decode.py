@@ -15,9 +15,11 @@ from softcvm.abi.insn import (
     Pvalidate,
     Rdmsr,
     Rmpadjust,
+    StringIo,
     Vmgexit,
     Vmmcall,
     Wrmsr,
+    Xsetbv,
 )
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.sim.errors import Unmodelled
@@ -35,6 +37,11 @@ _NAMED = {
 }
 """Encodings that capstone does not know, or not all of."""
 _STATE = frozenset({"xsave", "xsave64", "xrstor", "xrstor64", "xgetbv"})
+_STRING_IO = {
+    f"{name}{size}": bytes_
+    for name in ("ins", "outs")
+    for size, bytes_ in (("b", 1), ("w", 2), ("d", 4))
+}
 _SIZES = {"al": 1, "ax": 2, "eax": 4}
 _LEAVES = frozenset(
     {
@@ -156,6 +163,13 @@ def _plain(mnemonic: str, operands: str, state: Vmsa) -> GuestOp | None:
             return Rdmsr(state.rcx & _U32)
         case "wrmsr":
             return Wrmsr(state.rcx & _U32, (state.rdx & _U32) << 32 | state.rax & _U32)
+        case "xsetbv":
+            return Xsetbv(state.rcx & _U32, (state.rdx & _U32) << 32 | state.rax & _U32)
+        case _ if (string := mnemonic.split()[-1]) in _STRING_IO:
+            if "[e" in operands or ":" in operands.replace("es:", ""):
+                raise Unmodelled(f"guest instruction {mnemonic} {operands}")
+            repeated = mnemonic != string
+            return StringIo(state.rdx & _U16, _STRING_IO[string], string[0] == "i", repeated)
         case "in":
             register, port = operands.split(", ")
             return In(_port(port, state), _SIZES[register])

@@ -8,16 +8,31 @@ MSRs that the VMSA does not hold, VMMCALL, HLT.
 from typing import Any
 
 from softcvm.abi.ghcb import IoioInfo
-from softcvm.abi.insn import Cpuid, GuestOp, Hlt, In, Out, Rdmsr, Vmgexit, Vmmcall, Wrmsr
+from softcvm.abi.insn import (
+    Cpuid,
+    GuestOp,
+    Hlt,
+    In,
+    Out,
+    Rdmsr,
+    StringIo,
+    Vmgexit,
+    Vmmcall,
+    Wrmsr,
+    Xsetbv,
+)
 from softcvm.abi.svm import EventInj, ExitCode, GuestException, Msr, Vector
 from softcvm.abi.vmsa import Segment
 from softcvm.hw.cpu.core import GuestCpu
+from softcvm.hw.cpu.cpuid import cpuid
 from softcvm.hw.cpu.vmcb import Vmcb
 from softcvm.hw.cpu.vmrun import VmExitRaised
+from softcvm.hw.cpu.xsave import xsetbv
 
 __all__ = ("intercepted", "outcome")
 
 _U32 = (1 << 32) - 1
+_CR4_OSXSAVE = 1 << 18
 _DIRECT = {
     0x174: "sysenter_cs",
     0x175: "sysenter_esp",
@@ -42,6 +57,10 @@ def intercepted(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp, length: int = 0) -> Any:
     match op:
         case Rdmsr(msr) if msr == Msr.SEV_STATUS and cpu.sev:
             return cpu.sev_status
+        case Rdmsr(msr) if msr in vmcb.rdmsr_exits:
+            pass
+        case Wrmsr(msr) if msr in vmcb.wrmsr_exits:
+            pass
         case Rdmsr(msr) if msr in _DIRECT:
             return getattr(cpu.vmsa, _DIRECT[msr])
         case Wrmsr(msr, value) if msr in _DIRECT:
@@ -62,7 +81,14 @@ def intercepted(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp, length: int = 0) -> Any:
         case Vmgexit() if cpu.sev_es:
             raise VmExitRaised(ExitCode.VMGEXIT)
         case Hlt():
-            raise VmExitRaised(ExitCode.HLT)
+            # One comes with the host's next tick at the latest; the guest goes on behind its HLT then.
+            raise VmExitRaised(ExitCode.HLT if vmcb.hlt_exits else ExitCode.INTR)
+        case Xsetbv() if not cpu.vmsa.cr4 & _CR4_OSXSAVE:
+            raise GuestException(Vector.UD)
+        case Xsetbv(register, value) if cpu.sev_es:
+            supported = cpuid(cpu.soc.profile, 0xD)
+            xsetbv(cpu.vmsa, register, value, supported.edx << 32 | supported.eax)
+            return None
         case _:
             pass
     code, info_1, registers = _exit(op)
@@ -88,6 +114,9 @@ def _exit(op: GuestOp) -> tuple[ExitCode, int, dict[str, int]]:
             return ExitCode.IOIO, _ioio(op.port, op.size) | IoioInfo.IN, {}
         case Out():
             return ExitCode.IOIO, _ioio(op.port, op.size), {"rax": op.value}
+        case StringIo():
+            bits = IoioInfo.STRING | IoioInfo.IN * op.incoming | IoioInfo.REP * op.repeated
+            return ExitCode.IOIO, _ioio(op.port, op.size) | bits, {}
         case Vmmcall():
             return (
                 ExitCode.VMMCALL,
@@ -96,6 +125,9 @@ def _exit(op: GuestOp) -> tuple[ExitCode, int, dict[str, int]]:
             )
         case Vmgexit():
             return ExitCode.VMMCALL, 0, {}
+        case Xsetbv():
+            halves = {"rax": op.value & _U32, "rdx": op.value >> 32}
+            return ExitCode.XSETBV, 0, {"rcx": op.register, **halves}
         case _:
             raise TypeError(f"{op} does not leave the guest")
 

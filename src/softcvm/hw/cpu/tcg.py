@@ -118,6 +118,8 @@ class TcgCore(State):
             self._leave(cpu, vmcb, state)
             cpu.leave(vmcb, ExitCode.NPF, fault.error_code, gpa)
         except VmExitRaised as left:
+            if left.code == ExitCode.SHUTDOWN:
+                self._event = None  # nothing is left to deliver
             self._leave(cpu, vmcb, state)
             cpu.leave(vmcb, left.code, left.info_1, left.info_2)
 
@@ -311,8 +313,13 @@ class TcgCore(State):
                 cpu.vmsa.rip += length
                 assert self._registers is not None
                 self._registers.load(cpu.vmsa)
-                hlt = isinstance(op, Hlt)
-                raise VmExitRaised(ExitCode.HLT if hlt else ExitCode.VMGEXIT)
+                if isinstance(op, Vmgexit):
+                    raise VmExitRaised(ExitCode.VMGEXIT)
+                raise VmExitRaised(ExitCode.HLT if vmcb.hlt_exits else ExitCode.INTR)
+            case Hlt() if not vmcb.hlt_exits:
+                cpu.vmsa.rip += length
+                assert self._registers is not None
+                self._registers.load(cpu.vmsa)
         return intercepted(cpu, vmcb, op, length)
 
     # Memory, as the processor itself reaches it

@@ -21,6 +21,8 @@ class Vmcb(State):
     insn_bytes: what lies at RIP when a data access left the guest (decode assists), else nothing.
     next_rip: where the instruction that was intercepted ends.
     event_inj: an exception that VMRUN delivers before the first instruction (EventInj), 0 for none.
+    hlt_exits: HLT leaves the guest (intercept); otherwise it waits for the next physical interrupt.
+    rdmsr_exits, wrmsr_exits: of the MSRs in the save area, those that leave the guest (MSR permission map).
     ghcb_gpa: the GHCB MSR (control area 0xA0): a GPA, or a request or response of the MSR protocol.
     intr: a physical interrupt is pending on the processor, so the guest leaves before its next instruction.
     """
@@ -33,6 +35,9 @@ class Vmcb(State):
         "insn_bytes",
         "next_rip",
         "event_inj",
+        "hlt_exits",
+        "rdmsr_exits",
+        "wrmsr_exits",
         "ghcb_gpa",
         "intr",
         "exit_code",
@@ -50,6 +55,9 @@ class Vmcb(State):
         self.insn_bytes = b""
         self.next_rip = 0
         self.event_inj = 0
+        self.hlt_exits = True
+        self.rdmsr_exits: frozenset[int] = frozenset()
+        self.wrmsr_exits: frozenset[int] = frozenset()
         self.ghcb_gpa = 0
         self.intr = False
         self.exit_code = 0

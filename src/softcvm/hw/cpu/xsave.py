@@ -1,4 +1,4 @@
-"""XSAVE, XRSTOR and XGETBV on a guest's registers.  [APM4-26568 XSAVE, APM2-24593 §11.5]
+"""XSAVE, XRSTOR, XGETBV and XSETBV on a guest's registers.  [APM4-26568 XSAVE, APM2-24593 §11.5]
 
 The engine has no AVX, so that it cannot execute these; the upper halves of YMM registers live in the save area
 only.  Owns the standard format for x87, SSE and YMM.
@@ -6,9 +6,10 @@ only.  Owns the standard format for x87, SSE and YMM.
 
 import struct
 
+from softcvm.abi.svm import GuestException, Vector
 from softcvm.abi.vmsa import Vmsa
 
-__all__ = ("xrstor", "xsave")
+__all__ = ("xrstor", "xsave", "xsetbv")
 
 MXCSR_MASK = 0x2_FFFF
 _X87, _SSE, _YMM = 1, 2, 4
@@ -57,6 +58,25 @@ def xrstor(state: Vmsa, mask: int, area: bytes) -> None:
         state.fpreg_xmm = area[160:416] if held & _SSE else bytes(256)
     if mask & _YMM:
         state.fpreg_ymm = area[_YMM_AT : _YMM_AT + 256] if held & _YMM else bytes(256)
+
+
+def xsetbv(state: Vmsa, register: int, value: int, supported: int) -> None:
+    """XSETBV where no hypervisor steps in: #GP outside of level 0 and for what the processor has not.
+
+    [APM4-26568 XSETBV, APM2-24593 §11.5.2]
+    """
+    avx512 = value >> 5 & 7
+    if (
+        register
+        or state.cpl
+        or value & ~supported
+        or not value & _X87
+        or (value & _YMM and not value & _SSE)
+        or avx512 not in (0, 7)
+        or (avx512 and not value & _YMM)
+    ):
+        raise GuestException(Vector.GP)
+    state.xcr0 = value
 
 
 def _in_use(state: Vmsa) -> int:

@@ -22,6 +22,7 @@ from softcvm.kernel.errors import KernelError
 from softcvm.kernel.fs.file import File, FileKind
 from softcvm.kernel.host import KvmBug, Linux
 from softcvm.kernel.locks import Rank
+from softcvm.kernel.virt.kvm.coalesced_mmio import CoalescedZone
 from softcvm.kernel.virt.kvm.dirty_ring import KvmDirtyRing
 from softcvm.kernel.virt.kvm.memslots import Memslots, kvm_free_memslots, nr_memslot_as_ids
 from softcvm.kernel.virt.kvm.mmu_notifier import KvmMmuNotifier
@@ -153,6 +154,7 @@ class Kvm(State):
         "created_vcpus",
         "vcpus",
         "coalesced_mmio_ring",
+        "coalesced_zones",
         "manual_dirty_log_protect",
         "dirty_ring_size",
         "vm_bugged",
@@ -193,6 +195,7 @@ class Kvm(State):
         self.created_vcpus = 0
         self.vcpus: list[KvmVcpu] = []
         self.coalesced_mmio_ring = bytearray(PAGE_SIZE)
+        self.coalesced_zones: list[CoalescedZone] = []
         self.manual_dirty_log_protect = 0
         """KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE (1) and KVM_DIRTY_LOG_INITIALLY_SET (2)."""
         self.dirty_ring_size = 0
@@ -290,8 +293,8 @@ class Kvm(State):
         return self.mmu_invalidate_seq != seq
 
 
-_VCPU_PAGES = 2
-"""kvm_run and the data of port I/O."""
+_VCPU_PAGES = 3
+"""kvm_run, the data of port I/O, and the VM's ring of coalesced writes."""
 
 
 class KvmVcpu(State):
@@ -312,6 +315,8 @@ class KvmVcpu(State):
         shared = kvm.linux.mappable(_VCPU_PAGES * PAGE_SIZE)
         self.run = KvmRun.over(shared[:PAGE_SIZE])
         self.pio_data = shared[PAGE_SIZE : 2 * PAGE_SIZE]
+        if not kvm.vcpus:  # where pages are a program's, the ring is in those of the first vCPU
+            kvm.coalesced_mmio_ring = shared[2 * PAGE_SIZE :]
         self.dirty_ring = KvmDirtyRing(kvm.dirty_ring_size) if kvm.dirty_ring_size else None
         self.proc: Process | None = None
         self.stat: Counter[str] = Counter()

@@ -1,8 +1,7 @@
 """Capabilities: KVM_CHECK_EXTENSION on x86 (virt/kvm/kvm_main.c,
 arch/x86/kvm/x86.c; v7.2).
 
-The answer is the kernel's, also where the model refuses the feature once it is used; a value
-that only the host's configuration decides is Unmodelled.  A number that no header knows is 0,
+The answer is the kernel's, also where the model refuses the feature once it is used.  A number that no header knows is 0,
 as in Linux.  What KVM_ENABLE_CAP does is enable_cap.py.
 """
 
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm import _generated_kvm as k
 from softcvm.abi.kvm.memory import KVM_HC_MAP_GPA_RANGE, KvmDirtyGfn
-from softcvm.kernel.errors import Unmodelled
+from softcvm.kernel.arch.x86.kvm.svm.nested import NESTED_STATE_SIZE
 from softcvm.kernel.virt.kvm.dirty_ring import KVM_DIRTY_RING_MAX_ENTRIES
 from softcvm.kernel.virt.kvm.guest_memfd import kvm_gmem_supported_flags
 from softcvm.kernel.virt.kvm.kvm_main import (
@@ -128,13 +127,9 @@ _CONSTANT = {
     k.KVM_CAP_PMU_CAPABILITY: 0,  # kvm.enable_pmu=N
     k.KVM_CAP_X86_SMM: 0,  # a kernel without CONFIG_KVM_SMM
     k.KVM_CAP_XEN_HVM: 0,  # nor CONFIG_KVM_XEN
+    k.KVM_CAP_NESTED_STATE: NESTED_STATE_SIZE,  # with nested=0 too
     k.KVM_CAP_X86_DISABLE_EXITS: 0xF,  # MWAIT, HLT, PAUSE, CSTATE
 }
-_HOST_DECIDES = frozenset(
-    {
-        k.KVM_CAP_NESTED_STATE,
-    }
-)
 QUIRKS = sum(
     {
         k.KVM_X86_QUIRK_LINT0_REENABLED,
@@ -183,8 +178,6 @@ def kvm_vm_ioctl_check_extension(linux: "Linux", kvm: "Kvm | None", cap: int) ->
             return int(linux.profile.x86_one_reg)
         case k.KVM_CAP_X2APIC_API:
             return _x2apic_api(linux, kvm)
-        case _ if cap in _HOST_DECIDES:
-            raise Unmodelled(f"KVM_CHECK_EXTENSION {cap}: the host's configuration decides")
         case _:
             return 0
 

@@ -37,7 +37,7 @@ _KVM_FEATURES = (
 # Features that KVM clears in, and sets in, a register of a leaf.
 _MONITOR, _X2APIC, _TSC_DEADLINE, _HYPERVISOR = 1 << 3, 1 << 21, 1 << 24, 1 << 31
 _TSC_ADJUST = 1 << 1
-_SVM_PASSED_ON = 0x0000_9CDB  # 8000_000A EDX: what nested SVM offers
+_SVM = 1 << 2  # 8000_0001 ECX
 _SEV_PASSED_ON = 0x1F | 1 << 10 | 1 << 14  # 8000_001F EAX
 
 KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1
@@ -126,7 +126,9 @@ def _virtualised(leaf: tuple[int, int], result: CpuidResult) -> CpuidResult:
         case (0x8000_0007, 0):
             return CpuidResult(edx=result.edx & 1 << 8)  # invariant TSC
         case (0x8000_000A, 0):
-            return result._replace(eax=1, ebx=8, ecx=0, edx=result.edx & _SVM_PASSED_ON)
+            return CpuidResult()  # kvm_amd with nested=0: no SVM in guests
+        case (0x8000_0001, 0):
+            return result._replace(ecx=result.ecx & ~_SVM)
         case (0x8000_0019 | 0x8000_001B, 0):
             return CpuidResult()
         case (0x8000_001E, 0):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.svm import EventInj, Vector
 from softcvm.kernel.errors import Unmodelled
+from softcvm.kernel.virt.kvm.coalesced_mmio import kvm_io_bus_write
 from softcvm.sim.steps import Steps
 
 if TYPE_CHECKING:
@@ -52,13 +53,17 @@ def x86_emulate_mmio(vcpu: "KvmVcpu", gpa: int, code: bytes) -> int:
     if move is None:
         return handle_emulation_failure(vcpu, code)
     run, arch = vcpu.run, vcpu.arch
+    if move.write:
+        value = _read(vcpu, move.register) if move.register else move.immediate
+        data = (value & _U64).to_bytes(8, "little")[: move.size]
+        if kvm_io_bus_write(vcpu.kvm, gpa, data, pio=False):
+            arch.regs.rip = arch.regs.rip + move.length & _U64
+            return 1
     run.exit_reason = KvmExit.MMIO
     run.mmio_phys_addr = gpa
     run.mmio_len = move.size
     run.mmio_is_write = int(move.write)
     if move.write:
-        value = _read(vcpu, move.register) if move.register else move.immediate
-        data = (value & _U64).to_bytes(8, "little")[: move.size]
         run.mmio_data = data + run.mmio_data[move.size :]
         arch.regs.rip = arch.regs.rip + move.length & _U64
         arch.complete_userspace_io = _complete_write

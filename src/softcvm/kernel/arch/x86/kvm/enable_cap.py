@@ -27,7 +27,6 @@ __all__ = ("kvm_vcpu_ioctl_enable_cap", "kvm_vm_ioctl_enable_cap")
 
 _U64 = (1 << 64) - 1
 _X2APIC_32BIT_IDS, _X2APIC_NO_BROADCAST_QUIRK = 1, 2
-_EXITS_HLT = 2
 
 
 class _Switch(NamedTuple):
@@ -125,8 +124,6 @@ def _switch(kvm: "Kvm", switch: _Switch, value: int) -> None:
         raise KernelError(EINVAL, f"{switch.field}: {value:#x} of {switch.valid:#x}")
     old = getattr(kvm.arch, switch.field)
     if switch.field == "disabled_exits":  # what was handed to the guest stays with it
-        if value & _EXITS_HLT:
-            raise Unmodelled("KVM_X86_DISABLE_EXITS_HLT: HLT that does not leave the guest")
         value |= old
     setattr(kvm.arch, switch.field, bool(value) if isinstance(old, bool) else value)
 

@@ -1,13 +1,14 @@
 """KVM_GET_VCPU_EVENTS and KVM_SET_VCPU_EVENTS: what is on its way to a vCPU (arch/x86/kvm/x86.c, v6.12).
 
-Nothing is in between while the model's vCPU is out of the guest: an exception or interrupt that user space
-wants delivered is Unmodelled, an INIT that the local APIC holds back is what lapic.py keeps.
+An exception waits in the VMCB until the next entry delivers it.  Interrupts and NMIs that user space wants delivered
+are Unmodelled, an INIT that the local APIC holds back is what lapic.py keeps.
 """
 
 from errno import EINVAL
 from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm.vcpu import KvmVcpuEvents, MpState
+from softcvm.abi.svm import EventInj
 from softcvm.kernel.errors import KernelError, Unmodelled
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ __all__ = ("get_vcpu_events", "set_vcpu_events")
 _NMI_PENDING, _SIPI_VECTOR, _SHADOW, _SMM, _PAYLOAD, _TRIPLE_FAULT = (1 << n for n in range(6))
 _ALL = _NMI_PENDING | _SIPI_VECTOR | _SHADOW | _SMM | _PAYLOAD | _TRIPLE_FAULT
 _NMI_VECTOR = 2
+_SOFT = frozenset({3, 4})
+"""kvm_exception_is_soft(): #BP, #OF"""
 
 
 def get_vcpu_events(vcpu: "KvmVcpu") -> KvmVcpuEvents:
@@ -25,7 +28,17 @@ def get_vcpu_events(vcpu: "KvmVcpu") -> KvmVcpuEvents:
     flags = _NMI_PENDING | _SHADOW | _SMM
     flags |= _PAYLOAD if arch.exception_payload_enabled else 0
     flags |= _TRIPLE_FAULT if arch.triple_fault_event else 0
-    return KvmVcpuEvents(flags=flags)
+    events = KvmVcpuEvents(flags=flags)
+    queued = vcpu.arch.svm.vmcb.event_inj
+    if queued & EventInj.VALID:
+        events.exception_nr = queued & 0xFF
+        events.exception_has_error_code = int(bool(queued & EventInj.ERROR_CODE_VALID))
+        events.exception_error_code = queued >> 32
+        pending = not vcpu.arch.exception_injected
+        events.exception_pending = int(pending)
+        # Who has not asked to tell them apart sees a pending one as injected too.
+        events.exception_injected = int(not pending or not arch.exception_payload_enabled)
+    return events
 
 
 def set_vcpu_events(vcpu: "KvmVcpu", events: KvmVcpuEvents) -> None:
@@ -48,8 +61,8 @@ def set_vcpu_events(vcpu: "KvmVcpu", events: KvmVcpuEvents) -> None:
     if flags & _SMM and smm and vcpu.arch.mp_state is MpState.INIT_RECEIVED:
         raise KernelError(EINVAL, "SMM of a vCPU that waits for SIPI")
     wanted = (
-        injected
-        or pending
+        (pending and events.exception_has_payload)
+        or ((injected or pending) and events.exception_nr in _SOFT)
         or events.interrupt_injected
         or events.nmi_injected
         or events.nmi_masked
@@ -59,6 +72,7 @@ def set_vcpu_events(vcpu: "KvmVcpu", events: KvmVcpuEvents) -> None:
     )
     if wanted:
         raise Unmodelled("KVM_SET_VCPU_EVENTS with an event to deliver")
+    _queue(vcpu, events, injected=bool(injected), pending=bool(pending))
     if flags & _SMM:
         if smm or events.smi_smm_inside_nmi:
             raise KernelError(EINVAL, "SMM in a kernel without CONFIG_KVM_SMM")
@@ -69,3 +83,14 @@ def set_vcpu_events(vcpu: "KvmVcpu", events: KvmVcpuEvents) -> None:
             raise KernelError(EINVAL, "KVM_CAP_X86_TRIPLE_FAULT_EVENT is off")
         if events.triple_fault_pending:
             raise Unmodelled("KVM_SET_VCPU_EVENTS with a triple fault")
+
+
+def _queue(vcpu: "KvmVcpu", events: KvmVcpuEvents, *, injected: bool, pending: bool) -> None:
+    """What was queued before is gone."""
+    vmcb, arch = vcpu.arch.svm.vmcb, vcpu.arch
+    vmcb.event_inj, arch.exception_injected = 0, injected
+    if not injected and not pending:
+        return
+    vmcb.event_inj = int(EventInj.VALID | EventInj.TYPE_EXCEPTION) | events.exception_nr
+    if events.exception_has_error_code:
+        vmcb.event_inj |= EventInj.ERROR_CODE_VALID | events.exception_error_code << 32

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm.vcpu import KvmRegs, MpState
 from softcvm.kernel.arch.x86.kvm.cpuid import cpuid_maxphyaddr, guest_cpuid_has
+from softcvm.kernel.arch.x86.kvm.cpuid_runtime import kvm_update_cpuid_runtime
 from softcvm.kernel.arch.x86.kvm.msr_table import Feature
 from softcvm.kernel.arch.x86.kvm.vcpu import reset_sregs
 from softcvm.kernel.errors import Unmodelled
@@ -79,6 +80,7 @@ def kvm_set_apic_base(vcpu: "KvmVcpu", value: int, *, host: bool) -> bool:
     if not host and ((old == mode and new == APIC_BASE_ENABLE) or (old == 0 and new == mode)):
         return False
     sregs.apic_base = value
+    kvm_update_cpuid_runtime(vcpu)
     if (old ^ new) and new and arch.apic_page is not None:  # its ID is that of the new mode
         id_ = vcpu.vcpu_id if new == mode else vcpu.vcpu_id << 24 & 0xFFFF_FFFF
         arch.apic_page = (
@@ -162,3 +164,4 @@ def kvm_vcpu_reset(vcpu: "KvmVcpu") -> Steps[None]:
     sregs.apic_base = arch.sregs.apic_base
     sregs.cr0 = _CR0_ET | arch.sregs.cr0 & _CR0_NW_CD
     arch.sregs = sregs
+    kvm_update_cpuid_runtime(vcpu)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.kvm.vcpu import KvmMsrFilter, KvmMsrFilterRange
+from softcvm.kernel.arch.x86.kvm.vcpu import KvmRequest
 from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.uaccess import copy_from_user
 from softcvm.sim.addr import Hva
@@ -59,6 +60,9 @@ def kvm_set_msr_filter(kvm: "Kvm", proc: "Process", filter_: KvmMsrFilter) -> St
     kept = yield from _ranges(proc, ranges)
     yield from kvm.lock.acquire()
     kvm.arch.msr_filter = (allow, kept)
+    for vcpu in kvm.vcpus:
+        vcpu.arch.requests |= KvmRequest.MSR_FILTER_CHANGED
+        kvm.ops.vcpu_kick(vcpu)
     kvm.lock.release()
 
 

@@ -16,6 +16,7 @@ from softcvm.kernel.arch.x86.kvm.cpuid import (
     guest_pv_has,
     kvm_cpu_cap_has,
 )
+from softcvm.kernel.arch.x86.kvm.cpuid_runtime import kvm_update_cpuid_runtime
 from softcvm.kernel.arch.x86.kvm.lapic import kvm_set_apic_base
 from softcvm.kernel.arch.x86.kvm.msr_table import ADVERTISED, MSRS, Feature, Msr, Writer
 from softcvm.kernel.errors import KernelError, Unmodelled
@@ -254,6 +255,8 @@ def _keep(vcpu: "KvmVcpu", index: int, value: int, row: Msr, host: bool) -> None
             arch.msrs[_TSC] = arch.msrs.get(_TSC, 0) + delta & _U64
     if row.kept:
         arch.msrs[index] = value & row.kept
+    if index == _MISC_ENABLE:
+        kvm_update_cpuid_runtime(vcpu)
 
 
 def _more_rules(vcpu: "KvmVcpu", index: int, value: int, host: bool) -> bool:
@@ -306,7 +309,7 @@ def _can_scale(vcpu: "KvmVcpu") -> bool:
 
 def _set_efer(vcpu: "KvmVcpu", value: int, host: bool) -> MsrFault | None:
     sregs, linux = vcpu.arch.sregs, vcpu.kvm.linux
-    known = _EFER_SCE | _EFER_LME | _EFER_LMA | _EFER_SVME
+    known = _EFER_SCE | _EFER_LME | _EFER_LMA
     for bits, feature in _EFER_FEATURES:
         if kvm_cpu_cap_has(linux, *feature):
             known |= bits

@@ -65,6 +65,10 @@ class X86Ops(Protocol):
         """A SIPI releases a vCPU that waits for it."""
         ...
 
+    def msr_filter_changed(self, vcpu: "KvmVcpu") -> None:
+        """Before the next entry: which MSRs leave the guest."""
+        ...
+
     def vcpu_kick(self, vcpu: "KvmVcpu") -> None:
         """kvm_vcpu_kick(): a vCPU in the guest leaves it; one that sleeps looks again whether it
         must."""

@@ -18,6 +18,8 @@ from softcvm.abi.kvm.vcpu import (
     KvmXcrs,
     MpState,
 )
+from softcvm.kernel.arch.x86.kvm.cpuid_runtime import update_cpuid_entries
+from softcvm.kernel.arch.x86.kvm.xcr import kvm_set_xcr
 from softcvm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
@@ -45,7 +47,6 @@ __all__ = (
 KVM_MAX_CPUID_ENTRIES = 256
 _EFER_LMA = 1 << 10
 _GUESTDBG_ENABLE = 1
-_XCR0_FP, _XCR0_SSE, _XCR0_YMM = 1, 2, 4
 _RFLAGS_FIXED = 2
 
 
@@ -110,9 +111,8 @@ def set_xcrs(vcpu: "KvmVcpu", xcrs: KvmXcrs) -> None:
         entry = xcrs.xcrs[16 * i : 16 * i + 16]
         if int.from_bytes(entry[:4], "little") == 0:
             value = int.from_bytes(entry[8:], "little")
-            if not value & _XCR0_FP or (value & _XCR0_YMM and not value & _XCR0_SSE):
+            if not kvm_set_xcr(vcpu, 0, value):
                 raise KernelError(EINVAL, f"XCR0 {value:#x}")
-            vcpu.arch.xcr0 = value
             break
 
 
@@ -155,6 +155,7 @@ def set_cpuid2(vcpu: "KvmVcpu", entries: list[KvmCpuidEntry2]) -> None:
     """KVM_SET_CPUID2: once the vCPU has run, only the same values again."""
     if len(entries) > KVM_MAX_CPUID_ENTRIES:
         raise KernelError(E2BIG, f"{len(entries)} CPUID entries")
+    update_cpuid_entries(vcpu, entries)
     if vcpu.arch.has_run and entries != vcpu.arch.cpuid_entries:
         raise KernelError(EINVAL, f"CPUID of vCPU {vcpu.vcpu_id} after it ran")
     vcpu.arch.cpuid_entries = entries

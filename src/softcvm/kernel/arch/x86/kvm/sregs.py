@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm.vcpu import KvmSregs, KvmSregs2
 from softcvm.kernel.arch.x86.kvm.cpuid import cpuid_maxphyaddr
+from softcvm.kernel.arch.x86.kvm.cpuid_runtime import kvm_update_cpuid_runtime
 from softcvm.kernel.arch.x86.kvm.cr4 import kvm_is_valid_cr4
 from softcvm.kernel.arch.x86.kvm.lapic import kvm_set_apic_base
 from softcvm.kernel.arch.x86.kvm.regs import refuse_protected
@@ -35,6 +36,7 @@ def set_sregs(vcpu: "KvmVcpu", sregs: KvmSregs) -> None:
     if vcpu.arch.guest_state_protected:
         return
     vcpu.arch.sregs = KvmSregs(bytes(sregs))
+    kvm_update_cpuid_runtime(vcpu)
 
 
 def get_sregs2(vcpu: "KvmVcpu") -> KvmSregs2:

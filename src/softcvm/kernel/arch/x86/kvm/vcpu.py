@@ -46,6 +46,7 @@ class KvmRequest(IntFlag):
 
     UPDATE_PROTECTED_GUEST_STATE = 1 << 0
     DIRTY_RING_SOFT_FULL = 1 << 1
+    MSR_FILTER_CHANGED = 1 << 2
 
 
 MSR_IA32_CR_PAT = 0x277
@@ -84,6 +85,7 @@ class VcpuArch(State):
         "xcr0",
         "debugregs",
         "guest_debug",
+        "exception_injected",
         "msrs",
         "cpuid_entries",
         "pv_enforce",
@@ -123,6 +125,8 @@ class VcpuArch(State):
         self.xcr0 = 1
         self.debugregs = KvmDebugregs(dr6=0xFFFF_0FF0, dr7=0x400)
         self.guest_debug = 0
+        self.exception_injected = False
+        """The exception in vmcb.event_inj is one whose delivery user space saw begin; else it is pending."""
         self.msrs: dict[int, int] = {MSR_IA32_CR_PAT: _PAT_RESET}
         self.cpuid_entries: list[KvmCpuidEntry2] = []
         self.pv_enforce = False

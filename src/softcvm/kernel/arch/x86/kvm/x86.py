@@ -155,6 +155,9 @@ def _vcpu_enter_guest(vcpu: "KvmVcpu") -> Steps[int]:
         yield from kvm_vcpu_reset(vcpu)
         if arch.mp_state is not MpState.RUNNABLE:
             return 1
+    if arch.requests & KvmRequest.MSR_FILTER_CHANGED:
+        arch.requests &= ~KvmRequest.MSR_FILTER_CHANGED
+        kvm.ops.msr_filter_changed(vcpu)
     yield from kvm_apic_accept_events(vcpu)
     if arch.mp_state is MpState.INIT_RECEIVED:
         return 1

@@ -16,7 +16,7 @@ from softcvm.kernel.errors import KernelError
 if TYPE_CHECKING:
     from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 
-__all__ = ("XSAVE_SIZE", "get_xsave", "set_xsave")
+__all__ = ("XSAVE_SIZE", "get_xsave", "guest_supported_xcr0", "set_xsave")
 
 XSAVE_SIZE = 4096
 """struct kvm_xsave without `extra`."""
@@ -46,7 +46,7 @@ def get_xsave(vcpu: "KvmVcpu", size: int) -> bytes:
         *(fpu.mxcsr, _MXCSR_MASK),
     )
     legacy = (legacy + fpu.fpr + fpu.xmm).ljust(_LEGACY, b"\0")
-    features = arch.xstate_bv & (_guest_features(vcpu) | _FP_SSE)
+    features = arch.xstate_bv & (guest_supported_xcr0(vcpu) | _FP_SSE)
     header = struct.pack("<Q", features).ljust(_HEADER, b"\0")
     return (legacy + header + arch.xsave_extended).ljust(size, b"\0")[:size]
 
@@ -90,8 +90,8 @@ def _host_features(vcpu: "KvmVcpu") -> int:
     return _FP_SSE
 
 
-def _guest_features(vcpu: "KvmVcpu") -> int:
-    """guest_supported_xcr0: what of them the guest's CPUID has."""
+def guest_supported_xcr0(vcpu: "KvmVcpu") -> int:
+    """XCR0 bits that KVM supports and the guest's CPUID has."""
     for entry in vcpu.arch.cpuid_entries:
         if (entry.function, entry.index) == (_XSTATE_LEAF, 0):
             return (entry.edx << 32 | entry.eax) & _host_features(vcpu)

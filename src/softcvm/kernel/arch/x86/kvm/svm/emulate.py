@@ -10,11 +10,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from softcvm.abi.ghcb import GhcbError, GhcbExit, IoioInfo
 from softcvm.abi.kvm.run import KvmExit
 from softcvm.abi.kvm.vcpu import KvmCpuidEntry2, MpState
+from softcvm.abi.svm import EventInj, Vector
 from softcvm.kernel.arch.x86.kvm.regs import is_64_bit_mode, kvm_get_linear_rip
+from softcvm.kernel.arch.x86.kvm.string_io import PlainStringIo, emulate_string_io
 from softcvm.kernel.arch.x86.kvm.svm.msr import msr_interception
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_es_guest, sev_info
 from softcvm.kernel.arch.x86.kvm.x86 import kvm_emulate_hypercall, kvm_vcpu_has_events
+from softcvm.kernel.arch.x86.kvm.xcr import kvm_set_xcr
 from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.virt.kvm.coalesced_mmio import kvm_io_bus_write
 from softcvm.sim.addr import PAGE_SIZE
 from softcvm.sim.steps import Steps
 
@@ -26,11 +30,14 @@ __all__ = (
     "kvm_emulate_ap_reset_hold",
     "kvm_emulate_cpuid",
     "kvm_emulate_halt",
+    "kvm_emulate_xsetbv",
     "sev_es_mmio",
     "svm_invoke_exit_handler",
     "svm_skip_emulated_instruction",
 )
 
+_U32 = (1 << 32) - 1
+_GP = int(EventInj.VALID | EventInj.TYPE_EXCEPTION | EventInj.ERROR_CODE_VALID | Vector.GP)
 _CPUID_SIGNIFICANT_INDEX = 1
 _KVM_EXIT_IO_IN, _KVM_EXIT_IO_OUT = 0, 1
 _INTERNAL_ERROR_UNEXPECTED_EXIT_REASON = 4
@@ -131,6 +138,19 @@ def _find(vcpu: "KvmVcpu", function: int, index: int) -> KvmCpuidEntry2 | None:
     return None
 
 
+# XSETBV
+
+
+def kvm_emulate_xsetbv(vcpu: "KvmVcpu") -> int:
+    """#GP outside of level 0 and for a value that the guest may not set."""
+    regs, svm = vcpu.arch.regs, vcpu.arch.svm
+    value = (regs.rdx & _U32) << 32 | regs.rax & _U32
+    if vcpu.arch.sregs.segment("ss").dpl or not kvm_set_xcr(vcpu, regs.rcx & _U32, value):
+        svm.vmcb.event_inj = _GP
+        return 1
+    return svm_skip_emulated_instruction(vcpu)
+
+
 # HLT
 
 
@@ -164,21 +184,27 @@ def _io_interception(vcpu: "KvmVcpu") -> Steps[int]:
     if not size:
         return 1
     if info & IoioInfo.STRING:
-        if not sev_es_guest(vcpu.kvm):
-            raise Unmodelled("INS or OUTS of a guest without SEV-ES")
         incoming = bool(info & IoioInfo.IN)
+        if not sev_es_guest(vcpu.kvm):
+            repeated, next_rip = bool(info & IoioInfo.REP), vcpu.arch.svm.vmcb.next_rip
+            port = info >> IoioInfo.PORT_SHIFT
+            io = PlainStringIo(port, size, incoming, repeated, next_rip)
+            return (yield from emulate_string_io(vcpu, io))
         return (
             yield from _string_io(vcpu, info >> IoioInfo.PORT_SHIFT, size, incoming=incoming)
         )
     run = vcpu.run
     incoming = bool(info & IoioInfo.IN)
     data = bytes(size) if incoming else vcpu.arch.regs.rax.to_bytes(8, "little")[:size]
+    port = info >> IoioInfo.PORT_SHIFT
+    if not incoming and kvm_io_bus_write(vcpu.kvm, port, data, pio=True):
+        return svm_skip_emulated_instruction(vcpu)
     vcpu.pio_data[:size] = data
     vcpu.stat["io_exits"] += 1
     run.exit_reason = KvmExit.IO
     run.io_direction = _KVM_EXIT_IO_IN if incoming else _KVM_EXIT_IO_OUT
     run.io_size = size
-    run.io_port = info >> IoioInfo.PORT_SHIFT
+    run.io_port = port
     run.io_count = 1
     run.io_data_offset = PAGE_SIZE  # KVM_PIO_PAGE_OFFSET
     vcpu.arch.pio_linear_rip = kvm_get_linear_rip(vcpu)
@@ -245,6 +271,10 @@ def _next_piece(vcpu: "KvmVcpu", io: StringIo) -> int:
     sev_es.string_io = io._replace(pending=count)
     length = count * io.size
     data = bytes(length) if io.incoming else sev_es.read_scratch(io.done * io.size, length)
+    if not io.incoming and kvm_io_bus_write(vcpu.kvm, io.port, data[: io.size], pio=True):
+        for at in range(io.size, length, io.size):  # what finds no room then is lost
+            kvm_io_bus_write(vcpu.kvm, io.port, data[at : at + io.size], pio=True)
+        return _next_piece(vcpu, io._replace(done=io.done + count))
     vcpu.pio_data[:length] = data
     vcpu.stat["io_exits"] += 1
     run.exit_reason = KvmExit.IO
@@ -289,9 +319,12 @@ def sev_es_mmio(vcpu: "KvmVcpu", *, write: bool) -> Steps[int]:
     if length > _KVM_MMIO_SIZE:
         raise Unmodelled(f"VMGEXIT MMIO of {length} bytes (GHCB version 1)")
     run = vcpu.run
+    address = vcpu.arch.svm.vmcb.exit_info_1
+    if write and kvm_io_bus_write(vcpu.kvm, address, sev_es.read_scratch(0, length), pio=False):
+        return 1
     vcpu.stat["mmio_exits"] += 1
     run.exit_reason = KvmExit.MMIO
-    run.mmio_phys_addr = vcpu.arch.svm.vmcb.exit_info_1
+    run.mmio_phys_addr = address
     run.mmio_len = length
     run.mmio_is_write = int(write)
     if write:

@@ -31,7 +31,7 @@ from softcvm.sim.steps import Steps
 if TYPE_CHECKING:
     from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 
-__all__ = ("msr_interception",)
+__all__ = ("msr_interception", "svm_msr_filter_changed")
 
 _U32 = (1 << 32) - 1
 _APIC_BASE = 0x1B
@@ -47,6 +47,15 @@ _PASSED_THROUGH = frozenset(
     }
 )
 """MSRs in the VMSA that KVM does not intercept: it cannot serve them (sev_es_prevent_msr_access())."""
+
+
+def svm_msr_filter_changed(vcpu: "KvmVcpu") -> None:
+    """MSRs that the guest accesses without KVM leave it where the filter denies them."""
+    vmcb = vcpu.arch.svm.vmcb
+    vmcb.rdmsr_exits, vmcb.wrmsr_exits = (
+        frozenset(n for n in _PASSED_THROUGH if not kvm_msr_allowed(vcpu, n, access))
+        for access in (MSR_READ, MSR_WRITE)
+    )
 
 
 def msr_interception(vcpu: "KvmVcpu", skip: Callable[["KvmVcpu"], int]) -> int:

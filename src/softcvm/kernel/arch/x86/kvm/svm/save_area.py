@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from softcvm.abi.kvm.vcpu import KvmDtable, KvmFpu, KvmRegs, KvmSegment
 from softcvm.abi.vmsa import Segment, Vmsa
+from softcvm.kernel.arch.x86.kvm.cpuid_runtime import kvm_update_cpuid_runtime
 from softcvm.kernel.arch.x86.kvm.vcpu import MSR_IA32_CR_PAT
 
 if TYPE_CHECKING:
@@ -144,7 +145,10 @@ def _load_save_area(vcpu: "KvmVcpu", save: Vmsa) -> None:
     sregs.cr0 = save.cr0 & ~hidden | sregs.cr0 & hidden
     sregs.cr2 = save.cr2
     sregs.cr3 = save.cr3
-    sregs.cr4 = save.cr4 & ~_CR4_MCE | sregs.cr4 & _CR4_MCE
+    cr4 = save.cr4 & ~_CR4_MCE | sregs.cr4 & _CR4_MCE
+    if cr4 != sregs.cr4:  # svm_set_cr4(): KVM intercepts writes of CR4
+        sregs.cr4 = cr4
+        kvm_update_cpuid_runtime(vcpu)
     arch.debugregs.dr7, arch.debugregs.dr6 = save.dr7, save.dr6
     for name, index in _MSRS:
         value = getattr(save, name)

@@ -17,6 +17,7 @@ from softcvm.abi.svm import ExitCode, NestedCtl, PfErr
 from softcvm.hw.cpu.core import Core
 from softcvm.hw.cpu.scripted import ScriptedCore
 from softcvm.hw.cpu.vmcb import Vmcb
+from softcvm.kernel.arch.x86.kvm.cpuid_runtime import KVM_X86_DISABLE_EXITS_HLT
 from softcvm.kernel.arch.x86.kvm.emulate import x86_emulate_mmio
 from softcvm.kernel.arch.x86.kvm.lapic import kvm_apic_has_pending_init_or_sipi
 from softcvm.kernel.arch.x86.kvm.svm import gmem
@@ -28,6 +29,7 @@ from softcvm.kernel.arch.x86.kvm.svm.ap import (
 from softcvm.kernel.arch.x86.kvm.svm.asid import SevAsids
 from softcvm.kernel.arch.x86.kvm.svm.emulate import (
     kvm_emulate_halt,
+    kvm_emulate_xsetbv,
     svm_invoke_exit_handler,
     svm_skip_emulated_instruction,
 )
@@ -37,6 +39,7 @@ from softcvm.kernel.arch.x86.kvm.svm.ghcb import (
     sev_es_vcpu_reset,
     sev_handle_vmgexit,
 )
+from softcvm.kernel.arch.x86.kvm.svm.msr import svm_msr_filter_changed
 from softcvm.kernel.arch.x86.kvm.svm.save_area import enter_save_area, leave_save_area
 from softcvm.kernel.arch.x86.kvm.svm.sev import (
     sev_mem_enc_ioctl,
@@ -164,6 +167,8 @@ class SvmOps(State):
         core = self._cores[kvm.id](self.linux.soc, vcpu.vcpu_id)
         vcpu.arch.svm = VcpuSvm(kvm.arch.npt, core, self.linux.lockdep)
         sev_vcpu_create(vcpu)
+        vcpu.arch.svm.vmcb.hlt_exits = not kvm.arch.disabled_exits & KVM_X86_DISABLE_EXITS_HLT
+        svm_msr_filter_changed(vcpu)
         if sev_es_guest(kvm):
             sev_es_vcpu_reset(vcpu)
 
@@ -192,6 +197,9 @@ class SvmOps(State):
         if not sev_es_guest(vcpu.kvm):
             raise Unmodelled("SIPI to a vCPU whose registers KVM sets")
         sev_vcpu_deliver_sipi_vector(vcpu)
+
+    def msr_filter_changed(self, vcpu: "KvmVcpu") -> None:
+        svm_msr_filter_changed(vcpu)
 
     def vcpu_kick(self, vcpu: "KvmVcpu") -> None:
         """A reschedule interrupt to the processor that runs the vCPU, if one does."""
@@ -288,6 +296,7 @@ def svm_vcpu_run(asids: SevAsids, vcpu: "KvmVcpu") -> Steps[int]:
         # Interrupts are off: a kick from here on is delivered when the guest runs.
         kvm.srcu.release_read()  # memslots may change while the guest runs
         yield from preempt("VMRUN")
+        vcpu.arch.exception_injected = False
         yield from _enter_exit(vcpu)
     finally:
         vcpu.arch.in_guest = False
@@ -303,6 +312,8 @@ def svm_vcpu_run(asids: SevAsids, vcpu: "KvmVcpu") -> Steps[int]:
             return (yield from sev_handle_vmgexit(vcpu))
         case ExitCode.HLT:
             return kvm_emulate_halt(vcpu)
+        case ExitCode.XSETBV:
+            return kvm_emulate_xsetbv(vcpu)
         case ExitCode.INTR:
             return 1
         case ExitCode.SHUTDOWN:
