@@ -213,3 +213,79 @@ print(g.run(), g.run(), g.regs()["rcx"])
 """
     )
     assert out.split() == ["2", "5", "2"]
+
+
+def test_a_guest_goes_from_real_mode_to_64_bits() -> None:
+    """From CS F000 with base FFFF0000, as a processor comes out of reset, by a far jump a mode."""
+    out = caught(
+        GUEST
+        + """
+RESET = '''
+.code16
+    mov $0x5a, %al
+    out %al, $0x80
+    mov $0x41000, %ebx
+    movw %bx, %ds:0x42
+    lgdtl %cs:(descriptor - base)
+    mov %cr0, %eax
+    or $1, %eax
+    mov %eax, %cr0
+    ljmpl $24, $(0x3000 + protected - base)
+.code32
+protected:
+    mov $0x10, %eax
+    mov %eax, %ds
+    mov %eax, %ss
+    mov $0x12345678, %eax
+    mov $0x40000, %ecx
+    mov %eax, 8(%ecx)
+    mov $0x99, %eax
+    out %eax, $0x81
+    mov %cr4, %eax
+    or $0x20, %eax
+    mov %eax, %cr4
+    mov $0x10000, %eax
+    mov %eax, %cr3
+    mov $0xc0000080, %ecx
+    rdmsr
+    or $0x100, %eax
+    wrmsr
+    mov %cr0, %eax
+    or $0x80000000, %eax
+    mov %eax, %cr0
+    ljmpl $8, $(0x3000 + long - base)
+.code64
+long:
+    movabs $0x1122334455667788, %rax
+    mov %rax, 0x40010
+    hlt
+.align 8
+descriptor: .word 31
+    .long 0x20000
+'''
+g = Guest("nop")
+g.poke(0x3000, assemble(".set base, .\\n" + RESET))
+g.poke(GDT + 24, struct.pack("<Q", 0xCF9B000000FFFF))
+raw = bytearray(320)
+fcntl.ioctl(g.vcpu, 0x8138AE83, raw)
+def segment(base, selector, kind):
+    return struct.pack("<QIH10B", base, 0xFFFF, selector, kind, 1, 0, 0, 1, 0, 0, 0, 0, 0)
+raw[:144] = segment(0x3000, 0xF000, 11) + segment(0, 0, 3) * 5
+raw[224:272] = struct.pack("<6Q", 0x60000010, 0, 0, 0, 0, 0)
+assert not isinstance(ioctl(g.vcpu, 0x4138AE84, bytes(raw[:312])), str)
+g.set_regs(rip=0, rsp=0, rflags=2)
+print(g.run(), g.union("<BBHI"), g.run_page[4096])
+print(g.run(), g.union("<BBHI"), g.run_page[4096])
+print(g.run(), g.peek(0x42, 2).hex(), g.peek(0x40008, 4).hex(), g.peek(0x40010, 8).hex())
+after = bytearray(312)
+fcntl.ioctl(g.vcpu, 0x8138AE83, after)
+cs, control = struct.unpack_from("<QIHB", after), struct.unpack_from("<6Q", after, 224)
+print(hex(cs[2]), hex(control[0]), hex(control[5]))
+"""
+    )
+    assert out.split("\n") == [
+        "2 (1, 1, 128, 1) 90",
+        "2 (1, 4, 129, 1) 153",
+        "5 0010 78563412 8877665544332211",
+        "0x8 0xe0000011 0x500",
+    ]

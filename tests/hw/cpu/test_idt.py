@@ -65,12 +65,11 @@ def test_an_exception_in_user_mode_comes_on_the_stack_of_the_task_state_segment(
     memory: Flat, user: Vmsa
 ) -> None:
     gate(memory, Vector.GP, INTERRUPT)
-    cs, ss = deliver(memory, user, Event(Vector.GP, 0x18))
+    deliver(memory, user, Event(Vector.GP, 0x18))
     assert (user.rip, user.rsp, user.cpl) == (HANDLER, STACK - 48, 0)
     assert frame(memory, user, 6) == [0x18, 0x4002, USER_CODE, 0x202, 0x7000, USER_DATA]
     assert user.rflags == 2  # IF is clear behind an interrupt gate
-    assert cs is not None
-    assert (cs.selector, ss.selector) == (KERNEL_CODE, 0)
+    assert [Segment(state).selector for state in (user.cs, user.ss)] == [KERNEL_CODE, 0]
 
 
 def test_a_trap_gate_leaves_interrupts_on(memory: Flat, user: Vmsa) -> None:

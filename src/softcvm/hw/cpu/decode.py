@@ -24,7 +24,15 @@ from softcvm.abi.insn import (
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.sim.errors import Unmodelled
 
-__all__ = ("accessed", "decode", "leaves", "leaving", "state_instruction")
+__all__ = (
+    "accessed",
+    "decode",
+    "leaves",
+    "leaving",
+    "linear_rip",
+    "mode_of",
+    "state_instruction",
+)
 
 _U32, _U16 = (1 << 32) - 1, (1 << 16) - 1
 _NAMED = {
@@ -42,6 +50,8 @@ _STRING_IO = {
     for name in ("ins", "outs")
     for size, bytes_ in (("b", 1), ("w", 2), ("d", 4))
 }
+_ON_STACK = ("bp", "sp", "ebp", "esp")
+_GENERAL = frozenset({"rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"})
 _SIZES = {"al": 1, "ax": 2, "eax": 4}
 _LEAVES = frozenset(
     {
@@ -51,13 +61,17 @@ _LEAVES = frozenset(
         *("xsetbv", "monitor", "mwait", "vmrun", "vmload", "vmsave", "clgi", "stgi", "skinit"),
     }
 )
+_EFER_LMA, _CS_L, _CS_D = 1 << 10, 1 << 9, 1 << 10
 _ENDS = ("ret", "call", "iretq", "syscall")
 
 
-def leaving(code: bytes) -> list[tuple[int, int]]:
-    """Offsets and lengths of instructions that leave the guest, up to the end of the block."""
+def leaving(code: bytes, mode: int) -> list[tuple[int, int]]:
+    """Offsets and lengths of instructions that leave the guest, up to the end of the block.
+
+    mode: 16, 32 or 64 bits.
+    """
     found = []
-    for address, size, mnemonic, _ in _decoder().disasm_lite(code, 0):
+    for address, size, mnemonic, _ in _decoder(mode).disasm_lite(code, 0):
         if mnemonic.split()[-1] in _LEAVES:
             found.append((address, size))
         if mnemonic.startswith("j") or mnemonic in _ENDS:
@@ -65,11 +79,26 @@ def leaving(code: bytes) -> list[tuple[int, int]]:
     return found
 
 
-def leaves(code: bytes) -> bool:
+def leaves(code: bytes, mode: int) -> bool:
     """Whether the first instruction is one that leaves the guest."""
-    return any(code.startswith(encoding) for encoding in _NAMED) or leaving(code)[:1] == [
-        (0, next(_decoder().disasm_lite(code, 0, 1), (0, 0))[1])
-    ]
+    if any(code.startswith(encoding) for encoding in _NAMED):
+        return True
+    return any(offset == 0 for offset, _ in leaving(code, mode))
+
+
+def mode_of(state: Vmsa) -> int:
+    """In which a processor with these registers executes: 16, 32 or 64 bits."""
+    attrib = Segment(state.cs).attrib
+    if state.efer & _EFER_LMA and attrib & _CS_L:
+        return 64
+    return 32 if attrib & _CS_D else 16
+
+
+def linear_rip(state: Vmsa) -> int:
+    """Where the next instruction lies."""
+    if mode_of(state) == 64:
+        return state.rip
+    return Segment(state.cs).base + state.rip & _U32
 
 
 def decode(code: bytes, state: Vmsa) -> tuple[GuestOp | None, int]:
@@ -77,7 +106,7 @@ def decode(code: bytes, state: Vmsa) -> tuple[GuestOp | None, int]:
     for encoding, name in _NAMED.items():
         if code.startswith(encoding):
             return _system(name, state), len(encoding)
-    found = next(_decoder().disasm_lite(code, 0, 1), None)
+    found = next(_decoder(mode_of(state)).disasm_lite(code, 0, 1), None)
     if found is None:
         return None, 0
     _, length, mnemonic, operands = found
@@ -86,7 +115,7 @@ def decode(code: bytes, state: Vmsa) -> tuple[GuestOp | None, int]:
 
 def state_instruction(code: bytes, state: Vmsa) -> tuple[str, int, int] | None:
     """XSAVE, XRSTOR or XGETBV by its plain name, the linear address of its operand, its length."""
-    insn = next(_detailed().disasm(code, 0, 1), None)
+    insn = next(_detailed(mode_of(state)).disasm(code, 0, 1), None)
     if insn is None or insn.mnemonic not in _STATE:
         return None
     if not insn.operands:
@@ -102,7 +131,7 @@ def accessed(code: bytes, state: Vmsa, page: int) -> int:
     """
     from capstone import x86 as cs
 
-    insn = next(_detailed().disasm(code, 0, 1), None)
+    insn = next(_detailed(mode_of(state)).disasm(code, 0, 1), None)
     places = [state.rsp - 8, state.rsp]
     if insn is not None:
         memory = [op.mem for op in insn.operands if op.type == cs.X86_OP_MEM]
@@ -125,13 +154,20 @@ def _effective(insn: Any, mem: Any, state: Vmsa) -> int:
             address += state.rip + insn.size
         elif name not in ("riz", "eiz"):
             address += _register(state, name) * scale
-    if mem.segment and insn.reg_name(mem.segment) in ("fs", "gs"):
-        address += Segment(getattr(state, insn.reg_name(mem.segment))).base
-    return address & (1 << 64) - 1
+    segment = insn.reg_name(mem.segment) if mem.segment else ""
+    if mode_of(state) == 64:
+        base = Segment(getattr(state, segment)).base if segment in ("fs", "gs") else 0
+        return address + base & (1 << 64) - 1
+    if not segment:
+        segment = "ss" if mem.base and insn.reg_name(mem.base) in _ON_STACK else "ds"
+    address &= _U16 if insn.addr_size == 2 else _U32
+    return address + Segment(getattr(state, segment)).base & _U32
 
 
 def _register(state: Vmsa, name: str) -> int:
-    """A 64-bit register, or the lower half of one."""
+    """A register of 64, 32 or 16 bits."""
+    if len(name) == 2 and f"r{name}" in _GENERAL:
+        return int(getattr(state, f"r{name}")) & _U16
     half = name.startswith("e") or name.endswith("d")
     whole = f"r{name[1:]}" if name.startswith("e") else name.removesuffix("d")
     value: int = getattr(state, whole)
@@ -189,16 +225,18 @@ def _port(text: str, state: Vmsa) -> int:
 
 
 @cache
-def _detailed() -> Any:
-    from capstone import CS_ARCH_X86, CS_MODE_64, Cs
-
-    decoder = Cs(CS_ARCH_X86, CS_MODE_64)
+def _detailed(mode: int) -> Any:
+    decoder = _new_decoder(mode)
     decoder.detail = True
     return decoder
 
 
 @cache
-def _decoder() -> Any:
-    from capstone import CS_ARCH_X86, CS_MODE_64, Cs
+def _decoder(mode: int) -> Any:
+    return _new_decoder(mode)
 
-    return Cs(CS_ARCH_X86, CS_MODE_64)
+
+def _new_decoder(mode: int) -> Any:
+    import capstone
+
+    return capstone.Cs(capstone.CS_ARCH_X86, getattr(capstone, f"CS_MODE_{mode}"))

@@ -13,10 +13,10 @@ import re
 import struct
 from collections.abc import Callable
 from enum import Enum, auto
-from functools import cache
 from typing import Any, NamedTuple
 
 from softcvm.hw.cpu.decode import leaving
+from softcvm.hw.cpu.engine_state import HiddenState
 
 __all__ = (
     "FETCH",
@@ -24,7 +24,6 @@ __all__ = (
     "PERM_READ",
     "PERM_WRITE",
     "READ",
-    "SCRATCH",
     "WRITE",
     "Engine",
     "Halt",
@@ -33,8 +32,6 @@ __all__ = (
 
 READ, WRITE, FETCH = 16, 17, 18  # UC_MEM_READ, UC_MEM_WRITE, UC_MEM_FETCH
 PERM_READ, PERM_WRITE, PERM_EXEC = 1, 2, 4
-SCRATCH, SCRATCH_SIZE = 0xFFFF_F000_0000_0000, 0x4000
-"""Where the scratch pages are while they are: a linear address."""
 _SUSPECT = re.compile(
     rb"[\xe4-\xe7\xec-\xef\x6c-\x6f\xf4]|\x0f[\x01\x05\x07\x08\x09\x0b\x30-\x35\xa2\xae\xc7]",
     re.S,
@@ -63,7 +60,7 @@ Translate = Callable[[int, int], tuple[int, int]]
 
 
 class Engine:
-    """One vCPU's processor in 64-bit mode."""
+    """One vCPU's processor, in any mode."""
 
     def __init__(self, memory: memoryview, translate: Translate) -> None:
         """memory: the machine's DRAM."""
@@ -73,7 +70,7 @@ class Engine:
         self._u: Any = unicorn_const
         self.x: Any = x86_const
         self._error: Any = unicorn.UcError
-        self._translate = translate
+        self._translate: Translate = lambda address, kind: (len(memory), PERM_READ | PERM_EXEC)
         self.uc: Any = unicorn.Uc(self._u.UC_ARCH_X86, self._u.UC_MODE_64)
         uc = self.uc
         uc.ctl_set_cpu_model(x86_const.UC_CPU_X86_EPYC)
@@ -83,8 +80,12 @@ class Engine:
         self._memory = memory
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         uc.mem_map_ptr(0, len(memory), self._u.UC_PROT_ALL, address)
-        uc.mem_map(len(memory), SCRATCH_SIZE)  # pages that are no guest's
+        uc.mem_map(len(memory), 4096)
+        uc.mem_write(len(memory), b"\xeb\x00\xf4")  # jmp .+2; hlt
         uc.hook_add(self._u.UC_HOOK_TLB_FILL, self._fill)
+        uc.emu_start(0xFFFF_F000_0000_0000, 0)  # the first block of all is not reported
+        self._translate = translate
+        self.flush()
         uc.hook_add(self._u.UC_HOOK_INTR, self._interrupted)
         uc.hook_add(self._u.UC_HOOK_INSN_INVALID, self._invalid)
         uc.hook_add(self._u.UC_HOOK_EDGE_GENERATED, self._block_translated)
@@ -94,17 +95,15 @@ class Engine:
         address space's, and what has been translated elsewhere relies on them."""
         self._over: int | None = None
         self._stop: Stop | None = None
-        self._privately = False
-        """Executing from the scratch pages."""
+        self.hidden = HiddenState(uc)
+        uc.reg_write(x86_const.UC_X86_REG_CR4, 1 << 5)  # it begins in long mode without paging,
+        uc.reg_write(x86_const.UC_X86_REG_CR0, 1 << 31 | 0x11)  # which no processor can be in
+        uc.reg_write(x86_const.UC_X86_REG_CR0, 0x10)
 
     # What the engine calls
 
     def _fill(self, uc: Any, address: int, kind: int, entry: Any, _: Any) -> bool:
         try:
-            if self._privately:
-                entry.paddr = len(self._memory) + (address - SCRATCH & ~4095)
-                entry.perms = PERM_READ | PERM_WRITE | PERM_EXEC
-                return True
             entry.paddr, entry.perms = self._translate(address, kind)
         except Exception as cause:
             self._stop = Stop(Halt.FAULT, cause=cause)
@@ -120,7 +119,7 @@ class Engine:
         return False
 
     def _block_translated(self, uc: Any, block: Any, _: Any, __: Any) -> None:
-        if not self._privately and self._look_at(block.pc, block.size):
+        if self._look_at(block.pc, block.size):
             uc.emu_stop()
 
     def _reached(self, uc: Any, address: int, size: int, _: Any) -> None:
@@ -132,17 +131,17 @@ class Engine:
 
     # What the model calls
 
-    def run(self, rip: int, *, over: bool = False) -> Stop:
-        """Execute from a linear address until the model has to decide; RIP is where it stopped.
+    def run(self, rip: int, over: int | None = None) -> Stop:
+        """Execute from RIP until the model has to decide; RIP is where it stopped.
 
-        over: the first instruction is one of the guest's own, though there is a hook before it.
+        over: linear address of the first instruction, if it is the guest's own though there is a hook before it.
         """
-        self._over = rip if over else None
+        self._over = over
         while True:
             stop = self._run_once(rip)
             if stop is not None:
                 if stop.why is Halt.EXCEPTION:
-                    _forget_exception(self.uc)
+                    self.hidden.forget_exception()
                 return stop
             if self._flag.value:
                 self._flag.value = 0
@@ -166,37 +165,13 @@ class Engine:
         """Forget all translations of addresses."""
         self.uc.ctl(self._u.UC_CTL_TLB_FLUSH, self._u.UC_CTL_IO_WRITE)
 
-    def privately(self, rip: int, pages: bytes, end: int) -> None:
-        """Execute in the scratch pages up to a HLT at `end`, with no guest's memory in reach."""
-        self.uc.mem_write(len(self._memory), pages.ljust(SCRATCH_SIZE, b"\0"))
-        self._privately = True
-        try:
-            self.flush()
-            self.uc.ctl_remove_cache(SCRATCH, SCRATCH + SCRATCH_SIZE)
-            interrupted = 0
-            self._stop = None
-            while rip != end + 1 and not self._has_stopped():  # HLT is #GP outside of level 0
-                interrupted |= self._flag.value  # which stops it before any block
-                self._flag.value = 0
-                self.uc.emu_start(rip, 0)
-                rip = self.uc.reg_read(self.x.UC_X86_REG_RIP)
-            if self._has_stopped():
-                _forget_exception(self.uc)
-            self._flag.value |= interrupted
-        finally:
-            self._privately = False
-            self.flush()
-
-    def _has_stopped(self) -> bool:
-        return self._stop is not None
-
     def _look_at(self, address: int, size: int) -> bool:
         """Put hooks before what leaves the guest in a block; whether there is a new one."""
         code = self._code(address, size)
         if not _SUSPECT.search(code):
             return False
         new = False
-        for place, length in leaving(code):
+        for place, length in leaving(code, self.hidden.mode()):
             at = address + place
             if at not in self._sites:
                 self._sites.add(at)
@@ -246,46 +221,3 @@ def _block_hook(uc: Any, kind: int) -> tuple[ctypes.c_uint64, Any]:
     if status:
         raise RuntimeError(f"uc_hook_add: {status}")
     return flag, page
-
-
-def _forget_exception(uc: Any) -> None:
-    """Have the engine forget that an exception is being delivered: it never does, and makes the next a #DF.
-
-    Its own record lies in the saved context, at a place that is found by experiment.
-    """
-    context = uc.context_save()
-    base = ctypes.cast(context._context, ctypes.c_void_p).value or 0
-    ctypes.c_int32.from_address(base + _exception_place()).value = -1
-    uc.context_restore(context)
-
-
-@cache
-def _exception_place() -> int:
-    """Where a saved context has the vector of the exception under delivery; -1 is none."""
-    import unicorn
-    from unicorn import unicorn_const, x86_const
-
-    uc = unicorn.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
-    uc.mem_map(0x1000, 0x1000)
-    uc.mem_write(0x1000, b"\xcd\x77")  # INT 77h: a vector that nothing else has
-    uc.hook_add(unicorn_const.UC_HOOK_INTR, lambda uc, _, __: uc.emu_stop())
-    size = uc.context_save().size
-
-    def words() -> bytes:
-        context = uc.context_save()
-        return ctypes.string_at(ctypes.cast(context._context, ctypes.c_void_p).value or 0, size)
-
-    uc.mem_write(0x1010, b"\x31\xdb\xf7\xf3")  # xor ebx, ebx; div ebx: #DE, vector 0
-    before = words()
-    uc.reg_write(x86_const.UC_X86_REG_RSP, 0x1800)
-    uc.emu_start(0x1010, 0x1014)
-    after = words()
-    minus, zero = (-1).to_bytes(4, "little", signed=True), bytes(4)
-    places = [
-        at
-        for at in range(0, size - 3, 4)
-        if before[at : at + 4] == minus and after[at : at + 4] == zero
-    ]
-    if len(places) != 1:
-        raise RuntimeError(f"unicorn's record of exceptions was not found ({places})")
-    return places[0]

@@ -53,8 +53,8 @@ class Memory(Protocol):
     def write_linear(self, address: int, data: bytes, access: Access) -> None: ...
 
 
-def deliver(memory: Memory, state: Vmsa, event: Event) -> tuple[Segment | None, Segment]:
-    """Push the frame and set `state` to the handler; the new CS and SS when CS changes, else None.
+def deliver(memory: Memory, state: Vmsa, event: Event) -> None:
+    """Push the frame and set `state` to the handler.
 
     Raises GuestException for a fault on the way, and what reaching memory raises.
     """
@@ -82,7 +82,6 @@ def deliver(memory: Memory, state: Vmsa, event: Event) -> tuple[Segment | None, 
     state.cpl = dpl
     ss = old_ss if dpl == cpl else Segment(selector=dpl)
     state.cs, state.ss = bytes(cs), bytes(ss)
-    return (None if cs.selector == old_cs.selector and dpl == cpl else cs), ss
 
 
 def _gate(memory: Memory, state: Vmsa, event: Event) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from typing import NamedTuple, NoReturn, Protocol
 
 from softcvm.abi.svm import GuestException, PfErr, Vector
 from softcvm.abi.vmsa import Vmsa
+from softcvm.sim.errors import Unmodelled
 
 __all__ = ("Access", "Linear", "PageTable", "walk_guest")
 
@@ -16,6 +17,7 @@ _NX = 1 << 63
 _ADDRESS = 0x000F_FFFF_FFFF_F000
 _CR0_WP, _CR4_SMEP, _CR4_SMAP, _EFER_NXE = 1 << 16, 1 << 20, 1 << 21, 1 << 11
 _RFLAGS_AC = 1 << 18
+_CR0_PG, _CR4_PAE, _EFER_LME = 1 << 31, 1 << 5, 1 << 8
 
 
 class PageTable(Protocol):
@@ -48,10 +50,15 @@ class Linear(NamedTuple):
 def walk_guest(
     table: PageTable, state: Vmsa, address: int, access: Access, c_bit: int | None
 ) -> Linear:
-    """Translate in four-level long mode.  Raises GuestException(#PF), and what reaching the table raises.
+    """Translate: in four-level long mode, or not at all.  GuestException(#PF), and what reaching the table raises.
 
-    c_bit: mask of the C-bit in entries and CR3; None without SEV, where that bit is reserved.
+    c_bit: mask of the C-bit in entries and CR3; None without SEV, where that bit is reserved.  Without paging all
+    memory of a SEV guest is encrypted.  [APM2-24593 §15.34.5]
     """
+    if not state.cr0 & _CR0_PG:
+        return Linear(address & 0xFFFF_FFFF, c_bit is not None, writable=True, executable=True)
+    if not (state.efer & _EFER_LME and state.cr4 & _CR4_PAE):
+        raise Unmodelled("paging in a guest outside of long mode")
     if address + (1 << 47) & (1 << 64) - 1 >= 1 << 48:
         raise GuestException(Vector.GP)
     mask = c_bit or 0

@@ -4,13 +4,12 @@ Owns one entry into the guest from VMRUN to #VMEXIT: what each stop of the engin
 them.  The engine is engine.py, registers tcg_registers.py, the guest's page table paging.py, the delivery of
 exceptions idt.py; what leaves the guest, and how, is intercepts.py's for every kind of core.
 
-Only 64-bit mode is executed.
+Exceptions are delivered in long mode only, and of page tables only its own are walked.
 """
 
 from typing import Any
 
 from softcvm.abi.insn import (
-    Fetch,
     GuestOp,
     Hlt,
     Load,
@@ -22,10 +21,17 @@ from softcvm.abi.insn import (
     Vmgexit,
 )
 from softcvm.abi.svm import EventInj, ExitCode, GuestException, PfErr, Vector
-from softcvm.abi.vmsa import Segment, Vmsa
+from softcvm.abi.vmsa import Vmsa
 from softcvm.hw.access import NptFault
 from softcvm.hw.cpu.core import GuestCpu, record_exit
-from softcvm.hw.cpu.decode import accessed, decode, leaves, state_instruction
+from softcvm.hw.cpu.decode import (
+    accessed,
+    decode,
+    leaves,
+    linear_rip,
+    mode_of,
+    state_instruction,
+)
 from softcvm.hw.cpu.engine import (
     FETCH,
     PERM_EXEC,
@@ -57,7 +63,7 @@ __all__ = ("TcgCore",)
 _SLICE = Point("guest code")
 _U32 = (1 << 32) - 1
 _CF = 1
-_EFER_LMA, _CS_L = 1 << 10, 1 << 9
+_EFER_LMA = 1 << 10
 _WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21, 29, 30})
 _LONGEST = 15
 _CR4_OSXSAVE = 1 << 18
@@ -124,10 +130,6 @@ class TcgCore(State):
             cpu.leave(vmcb, left.code, left.info_1, left.info_2)
 
     def _enter(self, cpu: GuestCpu, vmcb: Vmcb, state: Vmsa) -> None:
-        if not (state.efer & _EFER_LMA and Segment(state.cs).attrib & _CS_L):
-            gpa = Segment(state.cs).base + state.rip & _U32
-            cpu.fetch(Fetch(gpa))  # where even that fails, it says so
-            raise Unmodelled("guest code outside of 64-bit mode")
         dram = self.soc.dram
         if not isinstance(dram, MappedDram):
             raise Unmodelled("machine code on a machine whose DRAM has no backing")
@@ -188,7 +190,7 @@ class TcgCore(State):
         self._flush_stale(cpu)
         rip = self._engine.uc.reg_read(self._engine.x.UC_X86_REG_RIP)
         over, self._over = self._over, False
-        stop = self._engine.run(rip, over=over)
+        stop = self._engine.run(rip, linear_rip(state) if over else None)
         match stop.why:
             case Halt.FAULT:
                 self._fault(stop)
@@ -214,7 +216,10 @@ class TcgCore(State):
         assert self._registers is not None
         self._registers.store_general(state)
         access = Access(fetch=True, user=state.cpl == 3)
-        short = vector == Vector.BP and self.read_linear(state.rip - 1, 1, access) == b"\xcc"
+        short = (
+            vector == Vector.BP
+            and self.read_linear(linear_rip(state) - 1, 1, access) == b"\xcc"
+        )
         return 1 if short else 2
 
     def _fault(self, stop: Stop) -> None:
@@ -237,16 +242,16 @@ class TcgCore(State):
         """Through the guest's IDT; a nested fault on the way leaves the event pending."""
         assert self._registers is not None
         self._registers.store(state)
+        if not state.efer & _EFER_LMA:
+            raise Unmodelled(f"exception {event.vector} in a guest outside of long mode")
         try:
-            code, stack = deliver(self, state, event)
+            deliver(self, state, event)
         except GuestException as second:
             state.rip -= event.length
             self._registers.load(state)
             self._event = event.then(Event(int(second.vector), second.error_code, second.cr2))
             return
         self._event = None
-        if code is not None:
-            self._registers.set_code_and_stack(code, stack)
         self._registers.load(state)
 
     def _instruction(
@@ -258,7 +263,7 @@ class TcgCore(State):
         self._asked = None  # what faults now is not the engine's access
         try:
             code = self._fetch_code(state)
-            if hooked and not leaves(code):
+            if hooked and not leaves(code, mode_of(state)):
                 self._over = True
                 return
             length = self._own_instruction(state, code)
@@ -394,10 +399,11 @@ class TcgCore(State):
         """Bytes at RIP, as many as can be fetched of an instruction."""
         assert self._registers is not None
         access = Access(fetch=True, user=self._registers.cpl == 3)
-        room = 4096 - (state.rip & PAGE_MASK)
-        code = self.read_linear(state.rip, min(_LONGEST, room), access)
+        start = linear_rip(state)
+        room = 4096 - (start & PAGE_MASK)
+        code = self.read_linear(start, min(_LONGEST, room), access)
         if room < _LONGEST and decode(code, state)[1] == 0:
-            code += self.read_linear(state.rip + room, _LONGEST - room, access)
+            code += self.read_linear(start + room, _LONGEST - room, access)
         return code
 
 

@@ -1,15 +1,14 @@
 """Registers between a save area and the engine: which field is which, and which mean more than a number.
 
-The engine keeps its own hidden parts of CS and SS; it takes them from a descriptor only, so that setting them
-is an IRETQ from a private page with a private descriptor table.
+The engine keeps what the guest changes by itself, segments with their hidden parts and the mode included
+(engine_state.py); load() gives it only what differs from what it was last given or gave.
 """
 
-import struct
-
 from softcvm.abi.vmsa import Segment, Vmsa
-from softcvm.hw.cpu.engine import SCRATCH, Engine
+from softcvm.hw.cpu.engine import Engine
+from softcvm.hw.cpu.engine_state import SEGMENTS
 
-__all__ = ("Registers",)
+__all__ = ("Registers", "long_mode_active")
 
 _GPRS = (
     *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
@@ -21,12 +20,9 @@ _MSRS = (
     ("cstar", 0xC000_0083),
     ("sfmask", 0xC000_0084),
     ("kernel_gs_base", 0xC000_0102),
-    ("efer", 0xC000_0080),
 )
-_CODE_64, _DATA_32 = 0xA9B, 0xC93
-"""Packed attributes of flat segments at privilege level 0."""
-_NULL_CS = 0x1FF0
-"""Selector that stands for a null one in CS, which the engine does not take."""
+_EFER = 0xC000_0080
+_EFER_LME, _EFER_LMA, _CR0_PG = 1 << 8, 1 << 10, 1 << 31
 _FIRST, _SECOND = slice(0, 0x170), slice(0x1E0, 0x308)
 _X87 = slice(0x400, 0x470)
 """Parts of a save area that change seldom: segments and control registers; MSRs."""
@@ -45,7 +41,6 @@ class Registers:
             *self._general,
             x.UC_X86_REG_EFLAGS,
             *(x.UC_X86_REG_CR0, x.UC_X86_REG_CR3, x.UC_X86_REG_CR4),
-            *(x.UC_X86_REG_FS_BASE, x.UC_X86_REG_GS_BASE),
         ]
         self._xmm = [getattr(x, f"UC_X86_REG_XMM{n}") for n in range(16)]
         self._seldom: tuple[bytes, bytes] | None = None
@@ -74,17 +69,14 @@ class Registers:
     def store_general(self, state: Vmsa) -> None:
         """What instructions are decoded and addresses computed with."""
         uc = self._engine.uc
-        *general, state.rflags, state.cr0, state.cr3, state.cr4, fs, gs = uc.reg_read_batch(
-            self._often
-        )
+        *general, state.rflags, state.cr0, state.cr3, state.cr4 = uc.reg_read_batch(self._often)
         for name, value in zip(self._names, general, strict=True):
             setattr(state, name, value)
-        for name, base in (("fs", fs), ("gs", gs)):
-            segment = Segment(getattr(state, name))
-            if segment.base != base:
-                segment.base = base
-                setattr(state, name, bytes(segment))
-        self._store_code_and_stack(state)
+        state.efer = long_mode_active(state)
+        segments, state.cpl = self._engine.hidden.read()
+        for name, (selector, base, limit, attrib) in zip(SEGMENTS, segments, strict=True):
+            given = Segment(selector=selector, base=base, limit=limit, attrib=attrib)
+            setattr(state, name, bytes(given))
 
     def store(self, state: Vmsa) -> None:
         """Write what the engine holds into a save area."""
@@ -132,81 +124,39 @@ class Registers:
         state.x87_ftw = sum(1 << n for n in range(8) if tags >> 2 * n & 3 != 3)
         self._x87_held = self._x87_fields(state)
 
-    def _store_code_and_stack(self, state: Vmsa) -> None:
-        """Selectors that the guest has loaded since; in 64-bit mode their hidden parts are flat."""
-        uc, x = self._engine.uc, self._engine.x
-        cpl = self.cpl
-        state.cpl = cpl
-        for name, register, attrib in (
-            ("cs", x.UC_X86_REG_CS, _CODE_64),
-            ("ss", x.UC_X86_REG_SS, _DATA_32),
-        ):
-            selector = uc.reg_read(register)
-            if selector & ~3 == _NULL_CS:
-                selector &= 3
-            segment = Segment(getattr(state, name))
-            if segment.selector != selector:
-                usable = attrib | cpl << 5 if selector & ~3 else 0
-                flat = Segment(selector=selector, attrib=usable, limit=0xFFFF_FFFF)
-                setattr(state, name, bytes(flat))
-
     @property
     def cpl(self) -> int:
-        level: int = self._engine.uc.reg_read(self._engine.x.UC_X86_REG_CS) & 3
-        return level
-
-    def set_code_and_stack(self, cs: Segment, ss: Segment) -> None:
-        """CS and SS with their hidden parts, by IRETQ out of the scratch pages."""
-        uc, x = self._engine.uc, self._engine.x
-        gdt, stack, code = SCRATCH, SCRATCH + 0x2000, SCRATCH + 0x3000
-        table = bytearray(0x2000)
-        selector = cs.selector if cs.selector & ~3 else _NULL_CS | cs.selector
-        _put(table, selector >> 3, _descriptor_high(cs.attrib))
-        if ss.selector & ~3:
-            _put(table, ss.selector >> 3, _descriptor_high(ss.attrib))
-        here = [*uc.reg_read_batch([x.UC_X86_REG_RSP, x.UC_X86_REG_RIP])]
-        flags = uc.reg_read(x.UC_X86_REG_EFLAGS)
-        frame = struct.pack("<5Q", code + 16, selector, 2, here[0], ss.selector)
-        uc.reg_write(x.UC_X86_REG_GDTR, (0, gdt, 0x1FFF, 0))
-        uc.reg_write(x.UC_X86_REG_RSP, stack)
-        pages = (
-            bytes(table) + frame.ljust(0x1000, b"\0") + b"\x48\xcf".ljust(16, b"\x90") + b"\xf4"
-        )
-        self._engine.privately(code, pages, code + 16)
-        gdtr = uc.reg_read(x.UC_X86_REG_GDTR)
-        if (uc.reg_read(x.UC_X86_REG_CS), gdtr[1]) != (selector, gdt):
-            raise RuntimeError(f"CS {cs.selector:#x} cannot be loaded into the engine")
-        uc.reg_write(x.UC_X86_REG_RSP, here[0])
-        uc.reg_write(x.UC_X86_REG_RIP, here[1])
-        uc.reg_write(x.UC_X86_REG_EFLAGS, flags)
+        return self._engine.hidden.read()[1]
 
     def _load_system(self, state: Vmsa) -> None:
         uc, x = self._engine.uc, self._engine.x
-        cs, ss = Segment(state.cs), Segment(state.ss)
-        uc.reg_write(x.UC_X86_REG_CR0, state.cr0)
-        uc.reg_write(x.UC_X86_REG_CR4, state.cr4)
-        uc.reg_write(x.UC_X86_REG_CR3, state.cr3)
-        if (
-            uc.reg_read(x.UC_X86_REG_CS) != cs.selector
-            or uc.reg_read(x.UC_X86_REG_SS) != ss.selector
-        ):
-            self.set_code_and_stack(cs, ss)
-        gdtr, idtr, tr = Segment(state.gdtr), Segment(state.idtr), Segment(state.tr)
-        uc.reg_write(x.UC_X86_REG_GDTR, (0, gdtr.base, gdtr.limit, 0))
-        uc.reg_write(x.UC_X86_REG_IDTR, (0, idtr.base, idtr.limit, 0))
-        uc.reg_write(x.UC_X86_REG_TR, (tr.selector, tr.base, tr.limit, 0x8B00))
+        control = (state.cr0, state.cr3, state.cr4, state.efer)
+        if control != self._control():
+            uc.reg_write(x.UC_X86_REG_CR0, state.cr0 & ~_CR0_PG)  # leaves long mode
+            uc.reg_write(x.UC_X86_REG_CR4, state.cr4)
+            uc.reg_write(x.UC_X86_REG_CR3, state.cr3)
+            uc.reg_write(x.UC_X86_REG_MSR, (_EFER, state.efer))
+            uc.reg_write(x.UC_X86_REG_CR0, state.cr0)
+            self._engine.flush()
+        for name, register in (("gdtr", x.UC_X86_REG_GDTR), ("idtr", x.UC_X86_REG_IDTR)):
+            table = Segment(getattr(state, name))
+            uc.reg_write(register, (0, table.base, table.limit, 0))
         for name, index in _MSRS:
             uc.reg_write(x.UC_X86_REG_MSR, (index, getattr(state, name)))
-        uc.reg_write(x.UC_X86_REG_FS_BASE, Segment(state.fs).base)
-        uc.reg_write(x.UC_X86_REG_GS_BASE, Segment(state.gs).base)
-        self._engine.flush()
+        segments = [Segment(getattr(state, name)) for name in SEGMENTS]
+        given = [(part.selector, part.base, part.limit, part.attrib) for part in segments]
+        self._engine.hidden.write(given, state.cpl)
+
+    def _control(self) -> tuple[int, int, int, int]:
+        """CR0, CR3, CR4 and EFER as the engine has them."""
+        uc, x = self._engine.uc, self._engine.x
+        cr0, cr3, cr4 = uc.reg_read_batch(
+            [x.UC_X86_REG_CR0, x.UC_X86_REG_CR3, x.UC_X86_REG_CR4]
+        )
+        return cr0, cr3, cr4, uc.reg_read(x.UC_X86_REG_MSR, _EFER)
 
 
-def _put(table: bytearray, index: int, high: int) -> None:
-    """A descriptor with base 0 and the greatest limit; `high` is its upper half, limit aside."""
-    table[8 * index : 8 * index + 8] = (high << 32 | 0xF << 48 | 0xFFFF).to_bytes(8, "little")
-
-
-def _descriptor_high(attrib: int) -> int:
-    """Bits 47:40 and 55:52 of a descriptor from the packed attributes of a save area."""
-    return (attrib & 0xFF | 1) << 8 | (attrib >> 8 & 0xF) << 20
+def long_mode_active(state: Vmsa) -> int:
+    """EFER with LMA as CR0.PG and LME make it."""
+    active = state.efer & _EFER_LME and state.cr0 & _CR0_PG
+    return state.efer & ~_EFER_LMA | (_EFER_LMA if active else 0)
