@@ -141,7 +141,7 @@ class TcgCore(State):
         if vmcb.event_inj & EventInj.VALID:
             event, vmcb.event_inj = vmcb.event_inj, 0
             code = event >> 32 if event & EventInj.ERROR_CODE_VALID else None
-            self._event = Event(event & 0xFF, code)
+            self._event = Event(event & 0xFF, code, state.cr2)
 
     def _flush_stale(self, cpu: GuestCpu) -> None:
         """What was translated holds until the nested page table changes, or another guest is meant."""
