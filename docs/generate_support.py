@@ -39,7 +39,7 @@ NOTES = {
     "KVM_GET_MSR_FEATURE_INDEX_LIST": "6.18 and 7.3: Unmodelled, for CET",
     "KVM_SET_VCPU_EVENTS": "exceptions; Unmodelled: interrupts, NMIs, payloads, triple faults",
     "KVM_SET_SIGNAL_MASK": "a signal that only this mask blocks still ends KVM_RUN under exec",
-    "KVM_SET_DEVICE_ATTR": "vCPU: the TSC offset, stored",
+    "KVM_SET_DEVICE_ATTR": "vCPU: the TSC offset, of RDTSC in machine code; it begins at zero, not at minus the host's TSC",
     "KVM_GET_STATS_FD": "names and form of Linux; counted is what the model does, times and the rest are zero",
     "KVM_SET_LAPIC": "stored, no effect; a running timer or an interrupt to deliver is Unmodelled",
     "KVM_GET_NESTED_STATE": "kvm_amd with nested=0: guests have no SVM",

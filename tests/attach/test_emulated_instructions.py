@@ -158,3 +158,24 @@ for address in (0x12345, 0x212345, 0x700000):
 """
     )
     assert out.split("\n") == ["0x12345 1 1 0", "0x412345 1 1 0", "0xffffffffffffffff 0 1 0"]
+
+
+def test_rdtsc_has_the_offset_that_user_space_set() -> None:
+    """Two guests of one machine read one after the other: the second is ahead by its offset and what passed."""
+    out = caught(
+        GUEST
+        + """
+def tsc(offset):
+    g = Guest("rdtsc; shl $32, %rdx; or %rdx, %rax; hlt")
+    if offset:
+        value = ctypes.c_uint64(offset)
+        attr = struct.pack("<IIQQ", 0, 0, 0, ctypes.addressof(value))
+        assert not isinstance(ioctl(g.vcpu, 0x4018AEE1, attr), str)
+    assert g.run() == HLT
+    return g.regs()["rax"]
+hour = 3600 * 10**10
+plain, ahead = tsc(0), tsc(hour)
+print(0 < ahead - hour - plain < hour)
+"""
+    )
+    assert out.split() == ["True"]

@@ -54,20 +54,20 @@ _LEAVES = frozenset(
 _ENDS = ("ret", "call", "iretq", "syscall")
 
 
-def leaving(code: bytes) -> list[tuple[int, int]]:
-    """Offsets and lengths of instructions that leave the guest, up to the end of the block."""
+def leaving(code: bytes, also: frozenset[str] = frozenset()) -> list[tuple[int, int]]:
+    """Offsets and lengths of instructions that leave the guest, and of `also`, up to the end of the block."""
     found = []
     for address, size, mnemonic, _ in _decoder().disasm_lite(code, 0):
-        if mnemonic.split()[-1] in _LEAVES:
+        if mnemonic.split()[-1] in _LEAVES or mnemonic in also:
             found.append((address, size))
         if mnemonic.startswith("j") or mnemonic in _ENDS:
             break
     return found
 
 
-def leaves(code: bytes) -> bool:
+def leaves(code: bytes, also: frozenset[str] = frozenset()) -> bool:
     """Whether the first instruction is one that leaves the guest."""
-    return any(code.startswith(encoding) for encoding in _NAMED) or leaving(code)[:1] == [
+    return any(code.startswith(encoding) for encoding in _NAMED) or leaving(code, also)[:1] == [
         (0, next(_decoder().disasm_lite(code, 0, 1), (0, 0))[1])
     ]
 

@@ -92,6 +92,8 @@ class Engine:
         self._sites: set[int] = set()
         """Addresses with a hook before an instruction.  They stay: other code may be there by now, or another
         address space's, and what has been translated elsewhere relies on them."""
+        self.also_stops: frozenset[str] = frozenset()
+        """Instructions that the engine could execute but not as this guest must see them (stop_at())."""
         self._over: int | None = None
         self._stop: Stop | None = None
         self._privately = False
@@ -166,6 +168,20 @@ class Engine:
         """Forget all translations of addresses."""
         self.uc.ctl(self._u.UC_CTL_TLB_FLUSH, self._u.UC_CTL_IO_WRITE)
 
+    def stop_at(self, names: frozenset[str]) -> None:
+        """From now on stop before these instructions too."""
+        if not names <= self.also_stops:
+            self.also_stops |= names
+            self.uc.ctl_flush_tb()
+
+    def host_tsc(self) -> int:
+        """What RDTSC gives without any guest's offset; RAX, RDX and RIP are lost."""
+        code = SCRATCH + 0x3000
+        pages = bytes(0x3000) + b"\x0f\x31\xf4"  # rdtsc; hlt
+        self.privately(code, pages, code + 2)
+        low, high = self.uc.reg_read_batch([self.x.UC_X86_REG_RAX, self.x.UC_X86_REG_RDX])
+        return int(high << 32 | low)
+
     def privately(self, rip: int, pages: bytes, end: int) -> None:
         """Execute in the scratch pages up to a HLT at `end`, with no guest's memory in reach."""
         self.uc.mem_write(len(self._memory), pages.ljust(SCRATCH_SIZE, b"\0"))
@@ -196,7 +212,7 @@ class Engine:
         if not _SUSPECT.search(code):
             return False
         new = False
-        for place, length in leaving(code):
+        for place, length in leaving(code, self.also_stops):
             at = address + place
             if at not in self._sites:
                 self._sites.add(at)
