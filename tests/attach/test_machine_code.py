@@ -266,6 +266,9 @@ descriptor: .word 31
 g = Guest("nop")
 g.poke(0x3000, assemble(".set base, .\\n" + RESET))
 g.poke(GDT + 24, struct.pack("<Q", 0xCF9B000000FFFF))
+told = bytearray(struct.pack("<II", 100, 0) + bytes(4000))  # EFER.LME must be in the vCPU's CPUID
+fcntl.ioctl(kvm, 0xC008AE05, told)
+fcntl.ioctl(g.vcpu, 0x4008AE90, told)
 raw = bytearray(320)
 fcntl.ioctl(g.vcpu, 0x8138AE83, raw)
 def segment(base, selector, kind):

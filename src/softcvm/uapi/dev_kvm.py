@@ -11,6 +11,7 @@ from softcvm.kernel.arch.x86.kvm.caps import kvm_vm_ioctl_check_extension
 from softcvm.kernel.arch.x86.kvm.cpuid import kvm_get_supported_cpuid
 from softcvm.kernel.arch.x86.kvm.msr_table import ADVERTISED, FEATURES
 from softcvm.kernel.arch.x86.kvm.msrs import KVM_MCE_CAP_SUPPORTED, kvm_get_feature_msr
+from softcvm.kernel.arch.x86.kvm.xsave import kvm_supported_xcr0
 from softcvm.kernel.errors import KernelError, Unmodelled
 from softcvm.kernel.mm.uaccess import UserPtr, copy_to_user
 from softcvm.kernel.virt.kvm.kvm_main import kvm_create_vm
@@ -92,5 +93,5 @@ def _get_attr(proc: "Process", attr: KvmDeviceAttr) -> int:
     if attr.group:
         return proc.linux.kvm_x86_ops.dev_get_attr(attr.group, attr.attr)
     if attr.attr == 0:
-        raise Unmodelled("KVM_X86_XCOMP_GUEST_SUPP: the host's XCR0")
+        return kvm_supported_xcr0(proc.linux)
     raise KernelError(ENXIO, f"attribute {attr.attr} of group 0")

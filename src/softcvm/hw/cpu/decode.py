@@ -65,25 +65,27 @@ _EFER_LMA, _CS_L, _CS_D = 1 << 10, 1 << 9, 1 << 10
 _ENDS = ("ret", "call", "iretq", "syscall")
 
 
-def leaving(code: bytes, mode: int) -> list[tuple[int, int]]:
-    """Offsets and lengths of instructions that leave the guest, up to the end of the block.
+def leaving(
+    code: bytes, mode: int, also: frozenset[str] = frozenset()
+) -> list[tuple[int, int]]:
+    """Offsets and lengths of instructions that leave the guest, and of `also`, up to the end of the block.
 
     mode: 16, 32 or 64 bits.
     """
     found = []
     for address, size, mnemonic, _ in _decoder(mode).disasm_lite(code, 0):
-        if mnemonic.split()[-1] in _LEAVES:
+        if mnemonic.split()[-1] in _LEAVES or mnemonic in also:
             found.append((address, size))
         if mnemonic.startswith("j") or mnemonic in _ENDS:
             break
     return found
 
 
-def leaves(code: bytes, mode: int) -> bool:
+def leaves(code: bytes, mode: int, also: frozenset[str] = frozenset()) -> bool:
     """Whether the first instruction is one that leaves the guest."""
     if any(code.startswith(encoding) for encoding in _NAMED):
         return True
-    return any(offset == 0 for offset, _ in leaving(code, mode))
+    return any(offset == 0 for offset, _ in leaving(code, mode, also))
 
 
 def mode_of(state: Vmsa) -> int:

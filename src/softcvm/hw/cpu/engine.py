@@ -13,6 +13,7 @@ import re
 import struct
 from collections.abc import Callable
 from enum import Enum, auto
+from functools import cache
 from typing import Any, NamedTuple
 
 from softcvm.hw.cpu.decode import leaving
@@ -28,6 +29,7 @@ __all__ = (
     "Engine",
     "Halt",
     "Stop",
+    "host_tsc",
 )
 
 READ, WRITE, FETCH = 16, 17, 18  # UC_MEM_READ, UC_MEM_WRITE, UC_MEM_FETCH
@@ -93,6 +95,8 @@ class Engine:
         self._sites: set[int] = set()
         """Addresses with a hook before an instruction.  They stay: other code may be there by now, or another
         address space's, and what has been translated elsewhere relies on them."""
+        self.also_stops: frozenset[str] = frozenset()
+        """Instructions that the engine could execute but not as this guest must see them (stop_at())."""
         self._over: int | None = None
         self._stop: Stop | None = None
         self.hidden = HiddenState(uc)
@@ -165,13 +169,19 @@ class Engine:
         """Forget all translations of addresses."""
         self.uc.ctl(self._u.UC_CTL_TLB_FLUSH, self._u.UC_CTL_IO_WRITE)
 
+    def stop_at(self, names: frozenset[str]) -> None:
+        """From now on stop before these instructions too."""
+        if not names <= self.also_stops:
+            self.also_stops |= names
+            self.uc.ctl_flush_tb()
+
     def _look_at(self, address: int, size: int) -> bool:
         """Put hooks before what leaves the guest in a block; whether there is a new one."""
         code = self._code(address, size)
         if not _SUSPECT.search(code):
             return False
         new = False
-        for place, length in leaving(code, self.hidden.mode()):
+        for place, length in leaving(code, self.hidden.mode(), self.also_stops):
             at = address + place
             if at not in self._sites:
                 self._sites.add(at)
@@ -221,3 +231,25 @@ def _block_hook(uc: Any, kind: int) -> tuple[ctypes.c_uint64, Any]:
     if status:
         raise RuntimeError(f"uc_hook_add: {status}")
     return flag, page
+
+
+def host_tsc() -> int:
+    """What RDTSC gives without any guest's offset."""
+    from unicorn import x86_const
+
+    clock = _clock()
+    clock.emu_start(0x1000, 0x1002)
+    low, high = clock.reg_read_batch([x86_const.UC_X86_REG_RAX, x86_const.UC_X86_REG_RDX])
+    return int(high << 32 | low)
+
+
+@cache
+def _clock() -> Any:
+    """An engine of its own, which has a RDTSC and nothing else."""
+    import unicorn
+    from unicorn import unicorn_const
+
+    uc = unicorn.Uc(unicorn_const.UC_ARCH_X86, unicorn_const.UC_MODE_64)
+    uc.mem_map(0x1000, 0x1000)
+    uc.mem_write(0x1000, b"\x0f\x31")
+    return uc

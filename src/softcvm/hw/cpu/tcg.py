@@ -41,6 +41,7 @@ from softcvm.hw.cpu.engine import (
     Engine,
     Halt,
     Stop,
+    host_tsc,
 )
 from softcvm.hw.cpu.idt import Event, deliver
 from softcvm.hw.cpu.intercepts import intercepted
@@ -66,7 +67,8 @@ _CF = 1
 _EFER_LMA = 1 << 10
 _WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21, 29, 30})
 _LONGEST = 15
-_CR4_OSXSAVE = 1 << 18
+_CR4_OSXSAVE, _CR4_TSD = 1 << 18, 1 << 2
+_RDTSC, _RDTSCP = b"\x0f\x31", b"\x0f\x01\xf9"
 _XSAVE_SIZE = 576 + 256
 
 
@@ -138,12 +140,14 @@ class TcgCore(State):
             self._registers = Registers(self._engine)
         assert self._registers is not None
         self._registers.load(state)
+        if vmcb.tsc_offset:
+            self._engine.stop_at(frozenset({"rdtsc", "rdtscp"}))
         self._flush_stale(cpu)
         dram.sync_in()
         if vmcb.event_inj & EventInj.VALID:
             event, vmcb.event_inj = vmcb.event_inj, 0
             code = event >> 32 if event & EventInj.ERROR_CODE_VALID else None
-            self._event = Event(event & 0xFF, code)
+            self._event = Event(event & 0xFF, code, state.cr2)
 
     def _flush_stale(self, cpu: GuestCpu) -> None:
         """What was translated holds until the nested page table changes, or another guest is meant."""
@@ -263,10 +267,11 @@ class TcgCore(State):
         self._asked = None  # what faults now is not the engine's access
         try:
             code = self._fetch_code(state)
-            if hooked and not leaves(code, mode_of(state)):
+            assert self._engine is not None
+            if hooked and not leaves(code, mode_of(state), self._engine.also_stops):
                 self._over = True
                 return
-            length = self._own_instruction(state, code)
+            length = self._read_tsc(vmcb, state, code) or self._own_instruction(state, code)
             if not length:
                 op, length = decode(code, state)
                 if op is None:
@@ -278,6 +283,19 @@ class TcgCore(State):
             return
         state.rip += length
         self._registers.load(state)
+
+    def _read_tsc(self, vmcb: Vmcb, state: Vmsa, code: bytes) -> int:
+        """RDTSC with the guest's offset; its length, 0 for another instruction.  The engine's own has none."""
+        if code.startswith(_RDTSCP):
+            raise Unmodelled("RDTSCP of a guest with a TSC offset")
+        if not code.startswith(_RDTSC):
+            return 0
+        if state.cpl and state.cr4 & _CR4_TSD:
+            raise GuestException(Vector.GP)
+        assert self._engine is not None
+        tsc = host_tsc() + vmcb.tsc_offset
+        state.rax, state.rdx = tsc & _U32, tsc >> 32 & _U32
+        return len(_RDTSC)
 
     def _own_instruction(self, state: Vmsa, code: bytes) -> int:
         """One that the processor executes itself and the engine cannot; its length, 0 for another."""

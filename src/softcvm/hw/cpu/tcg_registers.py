@@ -63,7 +63,9 @@ class Registers:
         if self._x87_fields(state) != self._x87_held:
             self._load_x87(state)
         values = [getattr(state, name) for name in self._names]
-        uc.reg_write_batch(list(zip(self._general, values, strict=True)))
+        general = list(zip(self._general, values, strict=True))
+        # The engine's own failed look-ups change its CR2: the guest's is given anew, and never taken from it.
+        uc.reg_write_batch([*general, (x.UC_X86_REG_CR2, state.cr2)])
         uc.reg_write(x.UC_X86_REG_EFLAGS, state.rflags)
 
     def store_general(self, state: Vmsa) -> None:

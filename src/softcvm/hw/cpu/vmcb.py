@@ -23,6 +23,7 @@ class Vmcb(State):
     event_inj: an exception that VMRUN delivers before the first instruction (EventInj), 0 for none.
     hlt_exits: HLT leaves the guest (intercept); otherwise it waits for the next physical interrupt.
     rdmsr_exits, wrmsr_exits: of the MSRs in the save area, those that leave the guest (MSR permission map).
+    tsc_offset: what the guest's RDTSC adds to the processor's.
     ghcb_gpa: the GHCB MSR (control area 0xA0): a GPA, or a request or response of the MSR protocol.
     intr: a physical interrupt is pending on the processor, so the guest leaves before its next instruction.
     """
@@ -36,6 +37,7 @@ class Vmcb(State):
         "next_rip",
         "event_inj",
         "hlt_exits",
+        "tsc_offset",
         "rdmsr_exits",
         "wrmsr_exits",
         "ghcb_gpa",
@@ -56,6 +58,7 @@ class Vmcb(State):
         self.next_rip = 0
         self.event_inj = 0
         self.hlt_exits = True
+        self.tsc_offset = 0
         self.rdmsr_exits: frozenset[int] = frozenset()
         self.wrmsr_exits: frozenset[int] = frozenset()
         self.ghcb_gpa = 0

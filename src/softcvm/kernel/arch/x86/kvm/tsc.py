@@ -1,6 +1,8 @@
 """The frequency of a guest's TSC, as user space asks and sets it (arch/x86/kvm/x86.c, v6.12).
 
-No clock runs here: the frequency is kept and told, and nothing follows from it.
+No clock runs here: the frequency is kept and told, and nothing follows from it.  The offset counts for RDTSC of guests
+that run machine code, whose processor has a TSC; before user space sets one it is zero, where Linux has the guest's
+TSC begin at zero.
 """
 
 from errno import EINVAL, ENXIO
@@ -56,3 +58,4 @@ def kvm_vcpu_ioctl_device_attr(
     elif request == k.KVM_SET_DEVICE_ATTR:
         data = yield from copy_from_user(proc.mm, Hva(attr.addr), 8)
         vcpu.arch.tsc_offset = int.from_bytes(data, "little")
+        vcpu.arch.svm.vmcb.tsc_offset = vcpu.arch.tsc_offset

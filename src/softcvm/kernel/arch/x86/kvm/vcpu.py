@@ -113,7 +113,7 @@ class VcpuArch(State):
     def __init__(self, *, bsp: bool, irqchip: bool, tsc_khz: int) -> None:
         self.virtual_tsc_khz = tsc_khz
         self.tsc_offset = 0
-        """KVM_VCPU_TSC_OFFSET.  # stored: no clock runs"""
+        """KVM_VCPU_TSC_OFFSET, the VMCB has it too"""
         self.regs = KvmRegs(rdx=0x600, rip=0xFFF0, rflags=2)
         self.sregs = reset_sregs()
         self.sregs.apic_base = 0xFEE0_0800 | (0x100 if bsp else 0)

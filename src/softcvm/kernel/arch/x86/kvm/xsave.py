@@ -14,9 +14,10 @@ from softcvm.kernel.arch.x86.kvm.cpuid import kvm_get_supported_cpuid
 from softcvm.kernel.errors import KernelError
 
 if TYPE_CHECKING:
+    from softcvm.kernel.host import Linux
     from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 
-__all__ = ("XSAVE_SIZE", "get_xsave", "guest_supported_xcr0", "set_xsave")
+__all__ = ("XSAVE_SIZE", "get_xsave", "guest_supported_xcr0", "kvm_supported_xcr0", "set_xsave")
 
 XSAVE_SIZE = 4096
 """struct kvm_xsave without `extra`."""
@@ -56,7 +57,7 @@ def set_xsave(vcpu: "KvmVcpu", data: bytes) -> None:
     if _protected(vcpu):
         return
     features, compacted, *reserved = struct.unpack_from("<8Q", data, _LEGACY)
-    if features & ~_host_features(vcpu) or compacted or any(reserved):
+    if features & ~kvm_supported_xcr0(vcpu.kvm.linux) or compacted or any(reserved):
         raise KernelError(EINVAL, f"XSAVE header with features {features:#x}")
     (mxcsr,) = struct.unpack_from("<I", data, 24)
     if features & (_FP_SSE | _YMM) and mxcsr & ~_MXCSR_MASK:
@@ -82,9 +83,9 @@ def set_xsave(vcpu: "KvmVcpu", data: bytes) -> None:
     arch.xsave_extended = data[_LEGACY + _HEADER : XSAVE_SIZE]
 
 
-def _host_features(vcpu: "KvmVcpu") -> int:
+def kvm_supported_xcr0(linux: "Linux") -> int:
     """XCR0 bits that KVM supports: CPUID D as it reports it."""
-    for entry in kvm_get_supported_cpuid(vcpu.kvm.linux):
+    for entry in kvm_get_supported_cpuid(linux):
         if (entry.function, entry.index) == (_XSTATE_LEAF, 0):
             return entry.edx << 32 | entry.eax | _FP_SSE
     return _FP_SSE
@@ -94,5 +95,5 @@ def guest_supported_xcr0(vcpu: "KvmVcpu") -> int:
     """XCR0 bits that KVM supports and the guest's CPUID has."""
     for entry in vcpu.arch.cpuid_entries:
         if (entry.function, entry.index) == (_XSTATE_LEAF, 0):
-            return (entry.edx << 32 | entry.eax) & _host_features(vcpu)
+            return (entry.edx << 32 | entry.eax) & kvm_supported_xcr0(vcpu.kvm.linux)
     return 0
