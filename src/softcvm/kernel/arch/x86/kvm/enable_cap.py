@@ -99,7 +99,7 @@ def kvm_vm_ioctl_enable_cap(kvm: "Kvm", proc: "Process", cap: KvmEnableCap) -> S
         case _ if cap.cap in _NOT_MODELLED or cap.cap > k.KVM_CAP_X86_GUEST_MODE:
             if kvm_vm_ioctl_check_extension(kvm.linux, kvm, cap.cap):
                 raise Unmodelled(f"KVM_ENABLE_CAP of capability {cap.cap}")
-            raise KernelError(EINVAL, f"this host has no capability {cap.cap}")
+            raise KernelError(EINVAL, f"capability {cap.cap} cannot be enabled on this host")
         case _:
             raise KernelError(EINVAL, f"capability {cap.cap} cannot be enabled on a VM")
     return 0
