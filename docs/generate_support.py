@@ -6,6 +6,7 @@ stops the run is Unmodelled.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from softcvm import Machine
@@ -18,12 +19,18 @@ from softcvm.kernel.errors import Unmodelled
 from softcvm.kernel.profile import PROFILES
 from softcvm.machine.process import MachineProcess
 from softcvm.uapi.numbers import IOCTL_NAMES, is_kvm_ioctl
+from softcvm.uapi.unmodelled import (
+    UNMODELLED_ON_KVM,
+    UNMODELLED_ON_VCPU,
+    UNMODELLED_ON_VM,
+)
 
 __all__ = ("encrypt_op_states", "ioctl_states", "support")
 
 PAGE = Path(__file__).parent / "support.md"
 SOURCE = Path(__file__).parent.parent / "src" / "softcvm" / "kernel"
 FILES = ("/dev/kvm", "VM", "vCPU")
+UNMODELLED = (UNMODELLED_ON_KVM, UNMODELLED_ON_VM, UNMODELLED_ON_VCPU)
 KERNELS = tuple(PROFILES)
 BAD = 0x1000
 NOTES = {
@@ -63,8 +70,12 @@ EXIT_NOTES = {
 }
 
 
-def _state(sys: MachineProcess, fd: int, request: int, name: str) -> str:
+def _state(
+    sys: MachineProcess, fd: int, request: int, name: str, unmodelled: Mapping[int, int]
+) -> str:
     """What becomes of one ioctl on one file; "" where that file has no such ioctl."""
+    if request in unmodelled:  # may be refused before that shows
+        return "Unmodelled"
     try:
         sys.ioctl(fd, request, BAD)
     except Unmodelled:
@@ -86,8 +97,8 @@ def ioctl_states(kernel: str) -> dict[str, dict[str, str]]:
             continue
         vm = sys.ioctl(kvm, k.KVM_CREATE_VM, VmType.DEFAULT)
         vcpu = sys.ioctl(vm, k.KVM_CREATE_VCPU, 0)
-        fds = zip(FILES, (kvm, vm, vcpu), strict=True)
-        states[name] = {file: _state(sys, fd, request, name) for file, fd in fds}
+        fds = zip(FILES, (kvm, vm, vcpu), UNMODELLED, strict=True)
+        states[name] = {file: _state(sys, fd, request, name, no) for file, fd, no in fds}
         sys.close(vcpu)
         sys.close(vm)
     return states

@@ -183,7 +183,7 @@ def _ioctl(sup: "Supervisor", thread: Thread, call: Notification) -> int:
     if request == nr.KVM_RUN:
         sup.model_later(thread, call, steps)
         return LATER
-    return sup.model(thread, call, steps)
+    return sup.model(thread, call, steps, patient=False)
 
 
 def _close(sup: "Supervisor", thread: Thread, call: Notification) -> int:
@@ -266,7 +266,7 @@ def _fallocate(sup: "Supervisor", thread: Thread, call: Notification) -> int:
         return CARRY_ON
     mode, offset, length = _int(call.args[1]), _long(call.args[2]), _long(call.args[3])
     steps = dispatch.sys_fallocate(thread.process.proc, fd, mode, offset, length)
-    return sup.model(thread, call, steps)
+    return sup.model(thread, call, steps, patient=False)
 
 
 def _no_io(sup: "Supervisor", thread: Thread, call: Notification) -> int:

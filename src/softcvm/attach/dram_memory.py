@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from errno import ENXIO
 
 from softcvm.attach.kernel_abi import LIBC, call
+from softcvm.attach.mappable import keep_size
 from softcvm.sim.addr import PAGE_SHIFT
 
 __all__ = ("DramMemory",)
@@ -21,8 +22,9 @@ class DramMemory:
     """Sparse: a page takes room once it is written."""
 
     def __init__(self, length: int) -> None:
-        self.fd = os.memfd_create("softcvm-dram", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("softcvm-dram", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, length)
+        keep_size(self.fd)
         self._pages = mmap.mmap(self.fd, length)
         self._view = memoryview(self._pages)
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from softcvm.sim.steps import Lockdep, Point, Steps, Task, Wait
 
-__all__ = ("Driver",)
+__all__ = ("Driver", "Sleeps")
 
 T = TypeVar("T")
 _SLICE = 0.0005
@@ -24,19 +24,33 @@ _LOOK = 0.005
 """Seconds after which a sleeper looks again for what nobody announces: a signal."""
 
 
+class Sleeps(Exception):
+    """Steps that somebody cannot wait for have come to a point where they must."""
+
+    def __init__(self, point: Point) -> None:
+        super().__init__(point.what)
+        self.point = point
+
+
 class Driver:
     """Runs steps of one machine, for any number of threads."""
 
     def __init__(
-        self, lockdep: Lockdep, asked: Callable[[Wait, Task], None], hurry: Callable[[], None]
+        self,
+        lockdep: Lockdep,
+        asked: Callable[[Wait, Task], None],
+        hurry: Callable[[], None],
+        idle: Callable[[], None],
     ) -> None:
-        """asked: told of what a task is about to sleep for, with the model to itself.
+        """asked: told of what a task is about to sleep for.
 
-        hurry: have guests that run come to a point; called without the model.
+        hurry: have guests that run come to a point.  idle: a task waits, and its thread has time for other
+        things.  All three are called without the model.
         """
         self._lockdep = lockdep
         self._asked = asked
         self._hurry = hurry
+        self._idle = idle
         self._turns = threading.Lock()
         self._taken = False
         self._queue: deque[threading.Lock] = deque()
@@ -55,15 +69,38 @@ class Driver:
         finally:
             self._release()
 
-    def run(self, steps: Steps[T], task: Task) -> T:
-        """Run steps to their end as this task.  What they raise is raised here."""
+    def run(
+        self, steps: Steps[T], task: Task, *, after: Point | None = None, patient: bool = True
+    ) -> T:
+        """Run steps to their end as this task.  What they raise is raised here.
+
+        after: where they stand, waiting.  Who is not patient gets Sleeps when they must wait for another
+        task, and goes on with them later.
+        """
         with self.alone():
             try:
-                return self._run(steps, task)
+                if after is not None:
+                    self._sleep(after, task)
+                return self._run(steps, task, patient)
             finally:
                 self._lockdep.straight = False
 
-    def _run(self, steps: Steps[T], task: Task) -> T:
+    def _sleep(self, point: Point, task: Task) -> None:
+        """Until what a task waits for is there; a signal is looked for in its own name."""
+        dep = self._lockdep
+        while True:
+            dep.current = task
+            if not _waits(point):
+                return
+            self._release()
+            try:
+                self._idle()
+                with self._news:
+                    self._news.wait(_LOOK)
+            finally:
+                self._acquire()
+
+    def _run(self, steps: Steps[T], task: Task, patient: bool) -> T:
         dep = self._lockdep
         while True:
             dep.current, dep.straight = task, True
@@ -75,12 +112,15 @@ class Driver:
             if _waits(point):
                 dep.straight = False
                 if isinstance(point.waits_for, Wait):
-                    self._asked(point.waits_for, task)
-                while _waits(point):
                     self._release()
-                    with self._news:
-                        self._news.wait(_LOOK)
-                    self._acquire()
+                    try:
+                        self._asked(point.waits_for, task)
+                    finally:
+                        self._acquire()
+                dep.current = task
+                if not patient and _waits(point):
+                    raise Sleeps(point)
+                self._sleep(point, task)
             elif self._queue and monotonic() - self._since > _SLICE:
                 dep.straight = False
                 self._release()

@@ -65,10 +65,16 @@ class Listener:
         """Let the host's kernel execute the call."""
         self._send(_RESP.pack(ident, 0, 0, _CONTINUE))
 
-    def add_fd(self, ident: int, source: int, number: int, *, cloexec: bool) -> None:
-        """Put a descriptor into the waiting thread's process, at this number.  OSError."""
+    def add_fd(self, ident: int, source: int, number: int, *, cloexec: bool) -> bool:
+        """Put a descriptor into the waiting thread's process, at this number; False if it is gone.  OSError."""
         flags = 0o2000000 if cloexec else 0
-        self._add(_ADD.pack(ident, _ADDFD_SETFD, source, number, flags))
+        try:
+            self._add(_ADD.pack(ident, _ADDFD_SETFD, source, number, flags))
+        except OSError as error:
+            if error.errno != ENOENT:
+                raise
+            return False
+        return True
 
     def add_any_fd(self, ident: int, source: int, *, cloexec: bool) -> int:
         """The same at the lowest number that is free there; the number."""

@@ -94,7 +94,10 @@ def share(request: Sharing, tid: int, dram_fd: int) -> None:
             )
         first = max(page - page % _CHUNK, region.start, run[0])
         last = min(page - page % _CHUNK + _CHUNK, region.end, run[1])
-        _replace(process, tid, dram_fd, region, first, last)
+        try:
+            _replace(process, tid, dram_fd, region, first, last)
+        except KernelError:
+            return  # no room for it: what was replaced is, the rest is not there
         page = last
 
 
@@ -119,6 +122,7 @@ def _replace(
             pfn << PAGE_SHIFT,
         )
         if result < 0:
+            linux.page_alloc.free_run(pfn, npages)
             raise KernelError(ENOMEM, f"mapping DRAM into the program: errno {-result}")
         mm.pages.set(page, page + npages, pfn - page)
         _dram(process).pin_raw(pfn, npages)

@@ -12,15 +12,17 @@ import queue
 import select
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from errno import EMFILE, ENOENT
 from time import monotonic
 
 from softcvm.attach import ptrace
 from softcvm.attach.calls import CARRY_ON, HANDLERS, LATER
 from softcvm.attach.cpuid import answer_cpuid, patch_code, read_real_cpuid
 from softcvm.attach.dram_memory import DramMemory
-from softcvm.attach.driver import Driver
+from softcvm.attach.driver import Driver, Sleeps
 from softcvm.attach.kernel_abi import Nr
 from softcvm.attach.listener import Listener, Notification
 from softcvm.attach.mappable import SharedPages, mappable
@@ -34,7 +36,7 @@ from softcvm.kernel.mm.mmap import MAP_ANONYMOUS, MAP_FIXED, PROT_EXEC
 from softcvm.kernel.virt.kvm.kvm_main import KvmVcpu
 from softcvm.machine import Machine
 from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT
-from softcvm.sim.steps import Steps, Task, Wait
+from softcvm.sim.steps import Point, Steps, Task, Wait
 
 __all__ = ("Supervisor",)
 
@@ -54,12 +56,13 @@ class Supervisor:
         self._memory = memory
         machine.linux.mappable = mappable
         machine.vm_machine_code()
-        self.driver = Driver(machine.linux.lockdep, self._asked, self._hurry)
+        self.driver = Driver(machine.linux.lockdep, self._asked, self._hurry, self._idle)
         self.processes: dict[int, Caught] = {}
         self._threads: dict[int, Thread] = {}
         self._early: set[int] = set()
         """New threads that stopped before their parent's event said whose they are."""
         self._workers: dict[int, queue.SimpleQueue[Callable[[], None] | None]] = {}
+        self._running: list[threading.Thread] = []
         self._after: dict[int, Callable[[], None]] = {}
         """What to do when a thread has stopped at the end of a call."""
         self._calls: dict[int, Notification] = {}
@@ -68,6 +71,12 @@ class Supervisor:
         """Threads whose call is answered as a notification and goes on here: they are stopped behind it."""
         self._errands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """What other threads want from the one that does ptrace."""
+        self._missed: deque[Stop] = deque()
+        """Stops and ends that came while a thread was waited for."""
+        self._forking: set[int] = set()
+        """Threads that wait in vfork() for their child; nothing else stops them."""
+        self._moving = threading.RLock()
+        """Held while memory of a program is moved: nobody else lets a thread of it go on."""
         self._failure: BaseException | None = None
         self._stand_in = os.open("/dev/null", 3)  # neither readable nor writable
         self._wake_read, self._wake_write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -105,10 +114,7 @@ class Supervisor:
                 if fd == self._wake_read:
                     os.read(self._wake_read, 4096)
                     status = self._reap(first)
-                    while not self._errands.empty():
-                        self._errands.get()()
-                    if self._failure is not None:
-                        raise self._failure
+                    self._idle()
                     if status is not None:
                         if not self._executed and (errno := os.read(started.exec_failed, 1)):
                             raise exec_error(program, errno[0])
@@ -131,8 +137,27 @@ class Supervisor:
         if result != LATER:
             self._answer(call, result)
 
+    def _idle(self) -> None:
+        """What others want from the thread that does ptrace."""
+        if threading.get_ident() != self._own_thread:
+            return
+        self._run_errands()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run_errands(self) -> None:
+        while not self._errands.empty():
+            self._errands.get()()
+
     def _answer(self, call: Notification, result: int) -> None:
         """End a call, in the thread that does ptrace or, while it is a notification, in any."""
+        with self._moving:
+            if call.tid in self._detached and threading.get_ident() != self._own_thread:
+                self._errand(lambda: self._end_call(call, result))
+            else:
+                self._end_call(call, result)
+
+    def _end_call(self, call: Notification, result: int) -> None:
         self._calls.pop(call.tid, None)
         if call.tid in self._detached:
             self._detached.discard(call.tid)
@@ -158,30 +183,45 @@ class Supervisor:
     # What handlers use
 
     def model(
-        self, thread: Thread, call: Notification, steps: "Steps[int] | Steps[None]"
+        self,
+        thread: Thread,
+        call: Notification,
+        steps: "Steps[int] | Steps[None]",
+        *,
+        after: Point | None = None,
+        patient: bool = True,
     ) -> int:
-        """Run a system call of the model; its result or negative errno, with new files in place."""
+        """Run a system call of the model; its result or negative errno, with new files in place.
+
+        Who is not patient gets LATER when the call must wait for another: a thread of its own ends it.
+        """
         try:
-            result = self.driver.run(steps, thread)
+            result = self.driver.run(steps, thread, after=after, patient=patient)
+        except Sleeps as sleeps:
+            self.model_later(thread, call, steps, sleeps.point)
+            return LATER
         except OSError as error:
             return -(error.errno or 0)
         except KernelError as error:
             return -error.errno
         process = thread.process
         if len(process.proc.files.fds) != len(process.stand_ins):
-            self._place_stand_ins(process, call)
+            with self.driver.alone():
+                self._place_stand_ins(process, call)
         return result or 0
 
-    def model_later(self, thread: Thread, call: Notification, steps: Steps[int]) -> None:
+    def model_later(
+        self,
+        thread: Thread,
+        call: Notification,
+        steps: "Steps[int] | Steps[None]",
+        after: Point | None = None,
+    ) -> None:
         """The same in a thread of its own, which answers the call."""
 
         def work() -> None:
             try:
-                result = self.model(thread, call, steps)
-                if call.tid in self._detached:
-                    self._errand(lambda: self._answer(call, result))
-                else:
-                    self._answer(call, result)
+                self._answer(call, self.model(thread, call, steps, after=after))
             except BaseException as error:  # reported by the main loop
                 self._failure = error
                 self._wake()
@@ -189,7 +229,10 @@ class Supervisor:
         worker = self._workers.get(thread.tid)
         if worker is None:
             worker = self._workers[thread.tid] = queue.SimpleQueue()
-            threading.Thread(target=_work, args=(worker,), daemon=True).start()
+            running = threading.Thread(target=_work, args=(worker,), daemon=True)
+            self._running = [other for other in self._running if other.is_alive()]
+            self._running.append(running)
+            running.start()
         worker.put(work)
 
     def give_text(self, call: Notification, text: str, *, cloexec: bool) -> int:
@@ -238,38 +281,46 @@ class Supervisor:
         if threading.get_ident() == self._own_thread:
             self._share(waits, task)
         else:
-            self._errand(lambda: self._share_for(waits, task))
-
-    def _share_for(self, waits: Sharing, task: Thread) -> None:
-        with self.driver.alone():
-            self._share(waits, task)
+            self._errand(lambda: self._share(waits, task))
 
     def _share(self, waits: Sharing, task: Thread) -> None:
         """Stop the process, replace its memory, and let all but the asking thread go on."""
-        call = self._calls.get(task.tid)
-        try:
-            if call is None:
-                raise ThreadGone(task.tid)
-            self._detach(task, call)
-            stopped = self._stop_others(task)
-            fd = self._dram_fds[task.tid]
+        with self._moving:
             try:
-                share(waits, task.tid, fd)
+                call = self._calls.get(task.tid)
+                if call is None:
+                    raise ThreadGone(task.tid)
+                self._detach(task, call)
+                stopped = self._stop_others(task)
+                try:
+                    with self.driver.alone():
+                        share(waits, task.tid, self._dram_fds[task.tid])
+                finally:
+                    for tid in stopped:
+                        with suppress(ThreadGone):
+                            ptrace.carry_on(tid)
+            except ThreadGone:
+                pass  # the process is being killed: nobody will look at what it asked for
             finally:
-                for tid in stopped:
-                    with suppress(ThreadGone):
-                        ptrace.carry_on(tid)
-        except ThreadGone:
-            pass  # the process is being killed: nobody will look at what it asked for
-        waits.done = True
+                waits.done = True
 
     def _stop_others(self, task: Thread) -> list[int]:
-        """Stop the threads of a process that are not in a call of ours, also those that start meanwhile."""
+        """Stop all that run in this memory and are not in a call of ours, also what starts meanwhile.
+
+        A thread in vfork() stops by itself before it goes on.
+        """
         seen, stopped = {task.tid}, []
-        while new := [tid for tid in list(task.process.threads) if tid not in seen]:
+        mm = task.process.proc.mm
+        while new := [
+            tid
+            for process in self.processes.values()
+            if process.proc.mm is mm
+            for tid in process.threads
+            if tid not in seen
+        ]:
             for tid in new:
                 seen.add(tid)
-                if tid not in self._calls and self._stop(tid):
+                if tid not in self._calls and tid not in self._forking and self._stop(tid):
                     stopped.append(tid)
         return stopped
 
@@ -277,9 +328,17 @@ class Supervisor:
         """Have the thread stand stopped behind its call, whose result is written into its registers later."""
         if call.tid in self._detached:
             return
-        self._dram_fds[call.tid] = self._listener.add_any_fd(
-            call.id, self._memory.fd, cloexec=True
-        )
+        try:
+            fd = self._listener.add_any_fd(call.id, self._memory.fd, cloexec=True)
+        except OSError as error:
+            if error.errno == EMFILE:
+                raise Unmodelled(
+                    "memory of a guest in a program without a free descriptor"
+                ) from error
+            if error.errno != ENOENT:
+                raise
+            raise ThreadGone(call.tid) from error
+        self._dram_fds[call.tid] = fd
         ptrace.interrupt(call.tid)
         self._listener.answer(call.id, 0)
         if not self._wait_stopped(call.tid):
@@ -294,19 +353,21 @@ class Supervisor:
         return self._wait_stopped(tid)
 
     def _wait_stopped(self, tid: int) -> bool:
-        """Until the thread has stopped as it was told to; signals that come first are sent again."""
+        """Until the thread has stopped as it was told to; signals that come first are sent again.
+
+        What else stops or ends it is dealt with later, and until then it stays as it is: False.
+        """
         late: list[int] = []
         try:
             while True:
                 stop = ptrace.wait_thread(tid)
-                if stop.ended:
-                    self._thread_ended(tid)
-                    return False
                 if stop.event == PtraceEvent.STOP:
                     break
-                if stop.event:
-                    self._stopped(stop)
-                elif stop.signo == signal.SIGTRAP and self._trapped(tid):
+                if stop.ended or stop.event:
+                    self._missed.append(stop)
+                    self._wake()
+                    return False
+                if stop.signo == signal.SIGTRAP and self._trapped(tid):
                     ptrace.carry_on(tid)
                 else:
                     late.append(stop.signo)
@@ -341,7 +402,8 @@ class Supervisor:
             if file.kind is FileKind.VCPU and isinstance(file.private, KvmVcpu):
                 source = SharedPages.behind(file.private.run.data).fd
             cloexec = number in files.close_on_exec
-            self._listener.add_fd(call.id, source, number, cloexec=cloexec)
+            if not self._listener.add_fd(call.id, source, number, cloexec=cloexec):
+                return  # the thread was killed meanwhile
             process.stand_ins.add(number)
 
     # Processes and threads
@@ -356,7 +418,7 @@ class Supervisor:
         """Deal with every stop and end that ptrace has; the wait status once the first process is over."""
         while True:
             try:
-                stop = ptrace.wait_any()
+                stop = self._missed.popleft() if self._missed else ptrace.wait_any()
             except ChildProcessError:
                 return None
             if stop is None:
@@ -375,7 +437,12 @@ class Supervisor:
         tid = stop.tid
         match stop.event:
             case PtraceEvent.FORK | PtraceEvent.VFORK | PtraceEvent.CLONE:
+                if stop.event == PtraceEvent.VFORK:
+                    self._forking.add(tid)
                 self._cloned(tid, ptrace.event_message(tid), stop.event)
+                ptrace.carry_on(tid)
+            case PtraceEvent.VFORK_DONE:
+                self._forking.discard(tid)
                 ptrace.carry_on(tid)
             case PtraceEvent.EXEC:
                 self._execed(tid)
@@ -464,6 +531,7 @@ class Supervisor:
         self._after.pop(tid, None)
         self._calls.pop(tid, None)
         self._detached.discard(tid)
+        self._forking.discard(tid)
         self._dram_fds.pop(tid, None)
         thread = self._threads.pop(tid, None)
         if thread is not None:
@@ -480,6 +548,12 @@ class Supervisor:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         ptrace.wait_for_all()
+        self._calls.clear()  # nobody can be stopped for what is asked for now
+        while any(running.is_alive() for running in self._running):
+            self._hurry()
+            self._run_errands()
+            for running in self._running:
+                running.join(_TICK / 1000)
 
     def _wake(self) -> None:
         os.write(self._wake_write, b"!")

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=_MEMORY,
         help="DRAM of the host (64G); what is not used costs nothing",
     )
+    add("--check", action="store_true", help="at the end, check the machine's invariants")
     add("--trace", metavar="FILE", help="write every event as a line of JSON")
     add("program", nargs=argparse.REMAINDER, metavar="-- PROGRAM [ARG ...]")
 
@@ -69,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         with traced(machine, args.trace):
             status = Supervisor(machine, memory).run(argv)
+            if args.check and (wrong := _wrong(machine)):
+                return _give_up("\n".join(wrong), _STATUS_OURS)
     except UnavailableError as error:
         return _give_up(str(error), _STATUS_OURS)
     except ExecError as error:
@@ -79,6 +82,26 @@ def run(args: argparse.Namespace) -> int:
     if os.WIFSIGNALED(status):
         return 128 + os.WTERMSIG(status)
     return os.WEXITSTATUS(status)
+
+
+def _wrong(machine: "Machine") -> list[str]:
+    """What should not be once a program has ended: a sentence that is not true, and what outlived it."""
+    from softcvm.invariants import check_all
+
+    linux = machine.linux
+    wrong = [
+        f"violated: {checked.sentence}: {checked.violations[0].why}"
+        for checked in check_all(machine, hostile=True)
+        if not checked.held
+    ]
+    for what, left in (
+        ("processes", linux.processes),
+        ("VMs", linux.vm_list),
+        ("guest_memfds", linux.gmem_inodes),
+    ):
+        if left:
+            wrong.append(f"{len(left)} {what} outlived the program")
+    return wrong
 
 
 def _give_up(text: str, status: int) -> int:

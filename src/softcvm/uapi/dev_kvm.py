@@ -19,6 +19,7 @@ from softcvm.sim.addr import Hva
 from softcvm.sim.steps import Steps
 from softcvm.uapi.msrs import msr_io
 from softcvm.uapi.numbers import IOCTL_NAMES, ioctl_name
+from softcvm.uapi.unmodelled import UNMODELLED_ON_KVM
 
 if TYPE_CHECKING:
     from softcvm.kernel.task import Process
@@ -62,7 +63,8 @@ def kvm_dev_ioctl(proc: "Process", request: int, arg: int, argp: UserPtr) -> Ste
         case k.KVM_X86_GET_MCE_CAP_SUPPORTED:
             yield from argp.write(KVM_MCE_CAP_SUPPORTED.to_bytes(8, "little"))
             return 0
-        case k.KVM_GET_EMULATED_CPUID | k.KVM_GET_SUPPORTED_HV_CPUID:
+        case _ if request in UNMODELLED_ON_KVM:
+            yield from argp.read(UNMODELLED_ON_KVM[request])
             raise Unmodelled(f"{IOCTL_NAMES[request]} on /dev/kvm")
         case _:
             raise KernelError(EINVAL, f"{ioctl_name(request)} on /dev/kvm")

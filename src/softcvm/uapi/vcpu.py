@@ -53,6 +53,7 @@ from softcvm.kernel.virt.kvm.stats import kvm_get_stats_fd
 from softcvm.sim.steps import Steps
 from softcvm.uapi.msrs import msr_io
 from softcvm.uapi.numbers import IOCTL_NAMES, ioctl_name, is_kvm_ioctl
+from softcvm.uapi.unmodelled import UNMODELLED_ON_VCPU, unmodelled_vcpu_ioctl
 from softcvm.uapi.vm import check_usable
 
 if TYPE_CHECKING:
@@ -82,21 +83,6 @@ _SIZES = {
     k.KVM_SET_MP_STATE: KvmMpState.SIZE,
     k.KVM_SET_GUEST_DEBUG: KvmGuestDebug.SIZE,
 }
-_UNMODELLED = frozenset(
-    {
-        k.KVM_INTERRUPT,
-        k.KVM_NMI,
-        k.KVM_SMI,
-        k.KVM_SET_CPUID,
-        k.KVM_TPR_ACCESS_REPORTING,
-        k.KVM_SET_VAPIC_ADDR,
-        k.KVM_X86_SET_MCE,
-        k.KVM_KVMCLOCK_CTRL,
-        k.KVM_GET_SUPPORTED_HV_CPUID,
-        k.KVM_XEN_VCPU_GET_ATTR,
-        k.KVM_XEN_VCPU_SET_ATTR,
-    }
-)
 _SIGSET_SIZE, _SIGKILL, _SIGSTOP = 8, 9, 19
 
 
@@ -199,8 +185,8 @@ def _locked(
             vcpu.kvm.linux.profile.x86_one_reg
         ):
             raise Unmodelled(f"{IOCTL_NAMES[request]} on a vCPU")
-        case _ if request in _UNMODELLED:
-            raise Unmodelled(f"{IOCTL_NAMES[request]} on a vCPU")
+        case _ if request in UNMODELLED_ON_VCPU:
+            return (yield from unmodelled_vcpu_ioctl(vcpu.kvm, request, argp))
         case _:
             raise KernelError(EINVAL, f"{ioctl_name(request)} on a vCPU")
 

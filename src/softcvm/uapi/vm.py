@@ -26,7 +26,7 @@ from softcvm.kernel.arch.x86.kvm.caps import kvm_vm_ioctl_check_extension
 from softcvm.kernel.arch.x86.kvm.enable_cap import kvm_vm_ioctl_enable_cap
 from softcvm.kernel.arch.x86.kvm.msr_filter import kvm_set_msr_filter
 from softcvm.kernel.arch.x86.kvm.tsc import kvm_set_default_tsc_khz
-from softcvm.kernel.errors import KernelError, Unmodelled
+from softcvm.kernel.errors import KernelError
 from softcvm.kernel.mm.uaccess import UserPtr
 from softcvm.kernel.virt.kvm.coalesced_mmio import (
     kvm_vm_ioctl_register_coalesced_mmio,
@@ -45,44 +45,14 @@ from softcvm.kernel.virt.kvm.memslots import (
 )
 from softcvm.kernel.virt.kvm.stats import kvm_get_stats_fd
 from softcvm.sim.steps import Steps
-from softcvm.uapi.numbers import IOCTL_NAMES, ioctl_name
+from softcvm.uapi.numbers import ioctl_name
+from softcvm.uapi.unmodelled import UNMODELLED_ON_VM, unmodelled_vm_ioctl
 
 if TYPE_CHECKING:
     from softcvm.kernel.task import Process
 
 __all__ = ("check_usable", "kvm_vm_ioctl")
 
-_UNMODELLED = frozenset(
-    {
-        k.KVM_IRQFD,
-        k.KVM_IOEVENTFD,
-        k.KVM_SIGNAL_MSI,
-        k.KVM_IRQ_LINE,
-        k.KVM_IRQ_LINE_STATUS,
-        k.KVM_SET_GSI_ROUTING,
-        k.KVM_CREATE_DEVICE,
-        k.KVM_CREATE_PIT,
-        k.KVM_CREATE_PIT2,
-        k.KVM_GET_IRQCHIP,
-        k.KVM_SET_IRQCHIP,
-        k.KVM_GET_PIT,
-        k.KVM_SET_PIT,
-        k.KVM_GET_PIT2,
-        k.KVM_SET_PIT2,
-        k.KVM_REINJECT_CONTROL,
-        k.KVM_XEN_HVM_CONFIG,
-        k.KVM_XEN_HVM_GET_ATTR,
-        k.KVM_XEN_HVM_SET_ATTR,
-        k.KVM_XEN_HVM_EVTCHN_SEND,
-        k.KVM_SET_CLOCK,
-        k.KVM_GET_CLOCK,
-        k.KVM_HYPERV_EVENTFD,
-        k.KVM_SET_PMU_EVENT_FILTER,
-        k.KVM_SET_DEVICE_ATTR,
-        k.KVM_GET_DEVICE_ATTR,
-        k.KVM_HAS_DEVICE_ATTR,
-    }
-)
 _TSS_ADDR_MAX = (1 << 32) - 3 * 4096
 _MIN_ALLOC_MMU_PAGES = 64
 _V1_FLAGS = int(MemFlag.LOG_DIRTY_PAGES | MemFlag.READONLY)
@@ -168,8 +138,8 @@ def kvm_vm_ioctl(
                 raise KernelError(EINVAL, "vCPUs exist already")
         case k.KVM_SET_NR_MMU_PAGES:
             yield from _set_nr_mmu_pages(kvm, arg)
-        case _ if request in _UNMODELLED:
-            raise Unmodelled(f"{IOCTL_NAMES[request]} on a VM")
+        case _ if request in UNMODELLED_ON_VM:
+            return (yield from unmodelled_vm_ioctl(kvm, request, argp))
         case _:
             raise KernelError(ENOTTY, f"{ioctl_name(request)} on a VM")
     return 0

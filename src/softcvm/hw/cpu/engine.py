@@ -92,6 +92,8 @@ class Engine:
         uc.hook_add(self._u.UC_HOOK_INSN_INVALID, self._invalid)
         uc.hook_add(self._u.UC_HOOK_EDGE_GENERATED, self._block_translated)
         self._flag, self._stub = _block_hook(uc, self._u.UC_HOOK_BLOCK)
+        self._code_pages: dict[int, int] = {}
+        """Where the engine fetches code from; the guest's tables may say otherwise by now."""
         self._sites: set[int] = set()
         """Addresses with a hook before an instruction.  They stay: other code may be there by now, or another
         address space's, and what has been translated elsewhere relies on them."""
@@ -109,6 +111,8 @@ class Engine:
     def _fill(self, uc: Any, address: int, kind: int, entry: Any, _: Any) -> bool:
         try:
             entry.paddr, entry.perms = self._translate(address, kind)
+            if entry.perms & PERM_EXEC:
+                self._code_pages[address & ~4095] = entry.paddr
         except Exception as cause:
             self._stop = Stop(Halt.FAULT, cause=cause)
             return False
@@ -167,6 +171,7 @@ class Engine:
 
     def flush(self) -> None:
         """Forget all translations of addresses."""
+        self._code_pages.clear()
         self.uc.ctl(self._u.UC_CTL_TLB_FLUSH, self._u.UC_CTL_IO_WRITE)
 
     def stop_at(self, names: frozenset[str]) -> None:
@@ -196,7 +201,7 @@ class Engine:
         while len(found) < size:
             at = address + len(found)
             length = min(size - len(found), 4096 - (at & 4095))
-            page, _ = self._translate(at & ~4095, FETCH)
+            page = self._code_pages[at & ~4095]
             found += bytes(self._memory[page + (at & 4095) : page + (at & 4095) + length])
         return found
 

@@ -84,6 +84,7 @@ class TcgCore(State):
         "_event": "None between entries, but for an event under delivery",
         "_asked": "during an entry",
         "_over": "during an entry",
+        "_fetching": "during an entry",
         "_translations": "what the engine's translations were made from",
     }
 
@@ -99,6 +100,8 @@ class TcgCore(State):
         """The page that the engine asked for last."""
         self._over = False
         """The instruction at RIP is the engine's to execute, though it has a hook."""
+        self._fetching = False
+        """It asked for code; an error code tells that only where pages may be not executable."""
 
     def interrupt(self) -> None:
         """A physical interrupt; any thread may raise it."""
@@ -231,11 +234,15 @@ class TcgCore(State):
         cause = stop.cause
         if isinstance(cause, GuestException):
             cr2 = cause.cr2
-            if cause.vector == Vector.PF and not cause.error_code & PfErr.FETCH:
+            if cause.vector == Vector.PF and not self._fetching:
                 assert self._registers is not None
                 assert self._cpu is not None
                 self._registers.store_general(self._cpu.vmsa)
-                code = self._fetch_code(self._cpu.vmsa)
+                try:
+                    code = self._fetch_code(self._cpu.vmsa)
+                except GuestException as gone:  # another changed the tables meanwhile
+                    self._event = Event(int(gone.vector), gone.error_code, gone.cr2)
+                    return
                 cr2 |= self._offset(self._cpu.vmsa, code)
             self._event = Event(int(cause.vector), cause.error_code, cr2)
             return
@@ -355,6 +362,7 @@ class TcgCore(State):
         state = cpu.vmsa
         self._refresh(state)
         self._asked = address
+        self._fetching = kind == FETCH
         access = Access(write=kind == WRITE, fetch=kind == FETCH, user=self._registers.cpl == 3)
         found = walk_guest(_Table(cpu), state, address, access, self._c_bit(cpu))
         where = cpu.reach_page(found.gpa, c=found.c, write=access.write, fetch=access.fetch)

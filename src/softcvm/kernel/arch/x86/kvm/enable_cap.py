@@ -44,6 +44,17 @@ _SWITCHES = {
     k.KVM_CAP_EXIT_ON_EMULATION_FAILURE: _Switch("exit_on_emulation_error", 1),
     k.KVM_CAP_X86_DISABLE_EXITS: _Switch("disabled_exits", 0xF),
 }
+_NOT_MODELLED = frozenset(
+    {
+        k.KVM_CAP_DIRTY_LOG_RING_WITH_BITMAP,
+        k.KVM_CAP_HALT_POLL,
+        k.KVM_CAP_PMU_CAPABILITY,
+        k.KVM_CAP_SGX_ATTRIBUTE,
+        k.KVM_CAP_X86_BUS_LOCK_EXIT,
+        k.KVM_CAP_X86_NOTIFY_VMEXIT,
+    }
+)
+"""What else Linux can enable on a VM (v6.12); other capabilities only tell something."""
 
 
 def kvm_vm_ioctl_enable_cap(kvm: "Kvm", proc: "Process", cap: KvmEnableCap) -> Steps[int]:
@@ -85,9 +96,11 @@ def kvm_vm_ioctl_enable_cap(kvm: "Kvm", proc: "Process", cap: KvmEnableCap) -> S
             return (yield from kvm.ops.vm_move_enc_context_from(kvm, proc, cap.arg0))
         case _ if cap.cap in _SWITCHES:
             _switch(kvm, _SWITCHES[cap.cap], cap.arg0)
-        case _:
+        case _ if cap.cap in _NOT_MODELLED or cap.cap > k.KVM_CAP_X86_GUEST_MODE:
             if kvm_vm_ioctl_check_extension(kvm.linux, kvm, cap.cap):
                 raise Unmodelled(f"KVM_ENABLE_CAP of capability {cap.cap}")
+            raise KernelError(EINVAL, f"capability {cap.cap} cannot be enabled on this host")
+        case _:
             raise KernelError(EINVAL, f"capability {cap.cap} cannot be enabled on a VM")
     return 0
 
