@@ -24,18 +24,23 @@ DESCRIPTION = """\
 Launch an SEV-SNP guest from an OVMF image on a software host, run its memory life
 from launch to teardown, and report digest, pages by RMP state, counters, invariants.
 
-The guest is a script, not the firmware's code: it accepts all memory, shares bounce
-buffers, has 2M pages smashed and rejoins them, and provokes each kind of fault once."""
+The built-in firmware carries a guest in machine code, the payload: it accepts some memory,
+prints through its GHCB, shares a page and takes it back, and reads its secrets.  With
+--guest scripted, and with any other image, the guest is a script: it accepts all memory, shares
+bounce buffers, has 2M pages smashed and rejoins them, and provokes each kind of fault once."""
 
 EXAMPLES = """\
 examples:
   softcvm boot
+  softcvm boot --guest scripted
   softcvm boot /usr/share/ovmf/OVMF.fd --vcpus 4 --memory 64G
   softcvm boot --cpu milan --kernel 6.12 --gmem-order 0 --no-prefault --json
 
 Exit status: 0 when the guest ended well and everything held, 1 when not, 2 for bad input."""
 
 _HOST_MEMORY = 1 << 40
+_PAYLOAD_HOST, _PAYLOAD_HOST_MAX = 1 << 36, 1 << 39
+"""Of a host that executes machine code, whose engine takes addresses of 40 bits."""
 DEFAULT_MEMORY = "1G"
 BUILTIN = "built-in firmware"
 
@@ -64,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_u64,
         default=1,
         help="SEV_FEATURES of the guest (0x1: SNP; 0x21: with DebugSwap; default 0x1)",
+    )
+    add(
+        "--guest",
+        choices=("payload", "scripted"),
+        help="what runs: the machine code in the built-in firmware, or a script "
+        "(default: the payload where there is one)",
     )
     host = parser.add_argument_group("host")
     host.add_argument("--cpu", metavar="CPU", default="genoa", help="milan or genoa (genoa)")
@@ -102,13 +113,18 @@ def run(args: argparse.Namespace) -> int:
     from softcvm.cli.recording import traced
     from softcvm.vmm.errors import VmmError
 
+    if args.guest == "payload" and args.firmware is not None:
+        raise UsageError("--guest payload: it is in the built-in firmware only")
+    args.guest = args.guest or ("payload" if args.firmware is None else "scripted")
     name, image = _firmware(args.firmware)
     config = _config(args, name, image)
     machine = _machine(args)
     lines: list[str] = []
     with traced(machine, args.trace), boot_report.progress() as progress:
         try:
-            result = boot(machine, config, lines.append, progress)
+            result = boot(
+                machine, config, lines.append, progress, scripted=args.guest == "scripted"
+            )
         except VmmError as error:
             print(f"softcvm boot: {error}", file=sys.stderr)
             return 1
@@ -137,6 +153,7 @@ def _config(args: argparse.Namespace, name: str, image: "OvmfImage") -> "GuestCo
     """Everything about the guest, refused here if it cannot be."""
     from softcvm.cli.boot_run import boot_info
     from softcvm.cli.inputs import naming
+    from softcvm.guest.firmware import PAYLOAD_MEMORY
     from softcvm.guest.programs.memory_life import lab
     from softcvm.kernel.virt.kvm.kvm_main import KVM_MAX_VCPUS
     from softcvm.vmm.board import BoardError, plan_board
@@ -186,6 +203,13 @@ def _config(args: argparse.Namespace, name: str, image: "OvmfImage") -> "GuestCo
             ),
         )
         info = boot_info(config)
+    if args.guest == "payload":
+        if args.memory < PAYLOAD_MEMORY:
+            raise UsageError(
+                f"--memory {format_size(args.memory)} is too small: the payload needs "
+                f"{format_size(PAYLOAD_MEMORY)}"
+            )
+        return config
     try:
         lab(info)
     except ValueError as error:
@@ -220,11 +244,26 @@ def _machine(args: argparse.Namespace) -> "Machine":
     if args.gmem_order not in (0, 9):
         raise UsageError(f"--gmem-order {args.gmem_order}: it is 0 (4K) or 9 (2M)")
     limit = 1 << _cpu(args.cpu).phys_bits
-    memory = _HOST_MEMORY
+    memory = _PAYLOAD_HOST if args.guest == "payload" else _HOST_MEMORY
     while memory < min(2 * args.memory, limit):
         memory *= 2
+    backing = None
+    if args.guest == "payload" and memory > _PAYLOAD_HOST_MAX:
+        most = format_size(_PAYLOAD_HOST_MAX // 2)
+        raise UsageError(
+            f"--memory {format_size(args.memory)}: machine code runs in guests up to {most}; "
+            "see --guest scripted"
+        )
+    if args.guest == "payload":
+        from softcvm.attach.dram_memory import DramMemory
+
+        backing = DramMemory(memory + (1 << 28))
     return Machine(
-        kernel=args.kernel, cpu=args.cpu, memory=memory, gmem_max_order=args.gmem_order
+        kernel=args.kernel,
+        cpu=args.cpu,
+        memory=memory,
+        gmem_max_order=args.gmem_order,
+        backing=backing,
     )
 
 

@@ -80,13 +80,19 @@ def boot(
     config: GuestConfig,
     on_line: Callable[[str], None],
     progress: Progress | None = None,
+    *,
+    scripted: bool = True,
 ) -> BootResult:
     """Launch, run and tear down.  VmmError when it does not even launch; the machine is then clean again.
 
+    scripted: the guest is the script memory_life; else the image's own code, for which DRAM needs a backing.
     An interrupt leaves the model where it is, perhaps in the middle of a step: the machine is to be dropped.
     """
     observer = _Observer(machine)
-    machine.vm_guest(memory_life(boot_info(config)))
+    if scripted:
+        machine.vm_guest(memory_life(boot_info(config)))
+    else:
+        machine.vm_machine_code()
     sys = machine.process(Rlimits(nofile=config.vcpus + _OTHER_FDS))  # as libvirt raises it
     vmm = Vmm(sys, config)
     try:

@@ -1,4 +1,4 @@
-"""What a scripted guest checks about its own machine, and how it ends when a check fails.
+"""What a guest of this project checks about its own machine, and how it ends when a check fails.
 
 A failed check is the guest's finding, not an error of the program: it says what it saw on the console and
 asks for termination with reason set SOFTCVM and the check's number, which is how its VMM learns it.
@@ -13,7 +13,7 @@ __all__ = ("Check", "expect")
 
 
 class Check(IntEnum):
-    """Reason codes of TermSet.SOFTCVM; 0 is a good end."""
+    """Reason codes of TermSet.SOFTCVM; 0 is a good end.  PAYLOAD_: of payload.S."""
 
     PASSED = 0
     MEMORY_KEEPS_DATA = 1
@@ -31,6 +31,12 @@ class Check(IntEnum):
     TABLES = 13
     VMPL = 14
     PROCESSORS = 15
+    PAYLOAD_PROTOCOL = 32
+    PAYLOAD_PSC = 33
+    PAYLOAD_PVALIDATE = 34
+    PAYLOAD_CONTENTS = 35
+    PAYLOAD_DEVICE = 36
+    PAYLOAD_SECRETS = 37
 
 
 def expect(console: Console, holds: bool, check: Check, saw: object) -> GuestSteps[None]:

@@ -1,20 +1,22 @@
 """The built-in firmware image: the smallest image that a VMM can launch an SNP guest from.
 
 It has what edk2's AmdSev build has where a VMM looks (footer table, SEV metadata with all section types,
-hash table area, secret block) and, in place of UEFI, code that stops: every vCPU starts at a `cli` and
-halts.  What the guest does with its memory is then the scripted guest's affair.  The bytes depend on
-nothing.
+hash table area, secret block) and, in place of UEFI, the payload (payload/payload.S), to which the reset vector
+leads; other processors start at a `cli` and halt.  The bytes depend on nothing.
 """
 
 from softcvm.abi import ovmf as abi
 from softcvm.abi.layout import Layout
+from softcvm.guest.payload._generated_payload import CODE
 
-__all__ = ("AP_RESET_EIP", "IMAGE_SIZE", "SECTIONS", "build")
+__all__ = ("AP_RESET_EIP", "IMAGE_BASE", "IMAGE_SIZE", "PAYLOAD_MEMORY", "SECTIONS", "build")
 
 IMAGE_SIZE = 64 << 10
 """One real-mode segment: CS:IP reaches all of it from the reset vector, and from the AP's EIP."""
 _TOP = 1 << 32
-_BASE = _TOP - IMAGE_SIZE
+IMAGE_BASE = _TOP - IMAGE_SIZE
+PAYLOAD_MEMORY = 32 << 20
+"""Bytes of RAM, at least, that the payload accepts some of."""
 
 _S = abi.SectionType
 SECTIONS = (
@@ -33,16 +35,19 @@ _HASH_TABLE_AREA = (0x81_0C00, 0x400)
 
 # cli; 1: hlt; jmp 1b -- the same in real and in protected mode
 _STOP = bytes.fromhex("fa f4 eb fd")
+# jmp to the image's first byte: IP wraps at the end of its 64 KiB
+_TO_PAYLOAD = bytes.fromhex("e9 0d 00")
 _RESET_OFFSET = IMAGE_SIZE - 0x10
 _AP_OFFSET = IMAGE_SIZE - abi.FOOTER_END
-AP_RESET_EIP = _BASE + _AP_OFFSET
+AP_RESET_EIP = IMAGE_BASE + _AP_OFFSET
 """Between the footer table and the reset vector, where edk2 has its AP entry, too."""
 
 
 def build() -> bytes:
     """The image.  Unused bytes are erased flash."""
     image = bytearray(b"\xff" * IMAGE_SIZE)
-    _place(image, _RESET_OFFSET, _STOP)
+    _place(image, 0, CODE)
+    _place(image, _RESET_OFFSET, _TO_PAYLOAD)
     _place(image, _AP_OFFSET, _STOP)
     metadata = _metadata()
     metadata_offset = IMAGE_SIZE - 0x1000

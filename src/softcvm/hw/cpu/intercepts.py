@@ -22,11 +22,11 @@ from softcvm.abi.insn import (
     Xsetbv,
 )
 from softcvm.abi.svm import EventInj, ExitCode, GuestException, Msr, Vector
-from softcvm.abi.vmsa import Segment
+from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.cpu.core import GuestCpu
 from softcvm.hw.cpu.cpuid import cpuid
 from softcvm.hw.cpu.vmcb import Vmcb
-from softcvm.hw.cpu.vmrun import VmExitRaised
+from softcvm.hw.cpu.vmrun import CR0_PG, EFER_LMA, EFER_LME, EFER_MBZ, EFER_SVME, VmExitRaised
 from softcvm.hw.cpu.xsave import xsetbv
 
 __all__ = ("intercepted", "outcome")
@@ -73,6 +73,11 @@ def intercepted(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp, length: int = 0) -> Any:
             segment.base = value
             setattr(cpu.vmsa, _BASES[msr], bytes(segment))
             return None
+        case Rdmsr(msr) if msr == Msr.EFER and cpu.sev_es:
+            return cpu.vmsa.efer
+        case Wrmsr(msr, value) if msr == Msr.EFER and cpu.sev_es:
+            _write_efer(cpu.vmsa, value)
+            return None
         case Rdmsr(msr) if msr == Msr.SEV_ES_GHCB and cpu.sev_es:
             return vmcb.ghcb_gpa
         case Wrmsr(msr, value) if msr == Msr.SEV_ES_GHCB and cpu.sev_es:
@@ -98,6 +103,14 @@ def intercepted(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp, length: int = 0) -> Any:
     for name, value in registers.items():
         setattr(vmcb.save, name, value)
     raise VmExitRaised(code, info_1, vmcb.next_rip if code is ExitCode.IOIO else 0)
+
+
+def _write_efer(state: Vmsa, value: int) -> None:
+    """[APM2-24593 §3.1.7].  KVM lets SEV-ES guests do it themselves (sev_es_init_vmcb()); SVME stays set."""
+    if value & EFER_MBZ or ((value ^ state.efer) & EFER_LME and state.cr0 & CR0_PG):
+        raise GuestException(Vector.GP)
+    kept = EFER_LMA | EFER_SVME
+    state.efer = value & ~kept | state.efer & kept
 
 
 def _exit(op: GuestOp) -> tuple[ExitCode, int, dict[str, int]]:

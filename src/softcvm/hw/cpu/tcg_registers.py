@@ -4,9 +4,11 @@ The engine keeps what the guest changes by itself, segments with their hidden pa
 (engine_state.py); load() gives it only what differs from what it was last given or gave.
 """
 
+from softcvm.abi.svm import Msr
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.cpu.engine import Engine
 from softcvm.hw.cpu.engine_state import SEGMENTS
+from softcvm.hw.cpu.vmrun import CR0_PG, EFER_LMA, EFER_LME
 
 __all__ = ("Registers", "long_mode_active")
 
@@ -21,8 +23,6 @@ _MSRS = (
     ("sfmask", 0xC000_0084),
     ("kernel_gs_base", 0xC000_0102),
 )
-_EFER = 0xC000_0080
-_EFER_LME, _EFER_LMA, _CR0_PG = 1 << 8, 1 << 10, 1 << 31
 _FIRST, _SECOND = slice(0, 0x170), slice(0x1E0, 0x308)
 _X87 = slice(0x400, 0x470)
 """Parts of a save area that change seldom: segments and control registers; MSRs."""
@@ -134,10 +134,10 @@ class Registers:
         uc, x = self._engine.uc, self._engine.x
         control = (state.cr0, state.cr3, state.cr4, state.efer)
         if control != self._control():
-            uc.reg_write(x.UC_X86_REG_CR0, state.cr0 & ~_CR0_PG)  # leaves long mode
+            uc.reg_write(x.UC_X86_REG_CR0, state.cr0 & ~CR0_PG)  # leaves long mode
             uc.reg_write(x.UC_X86_REG_CR4, state.cr4)
             uc.reg_write(x.UC_X86_REG_CR3, state.cr3)
-            uc.reg_write(x.UC_X86_REG_MSR, (_EFER, state.efer))
+            uc.reg_write(x.UC_X86_REG_MSR, (Msr.EFER, state.efer))
             uc.reg_write(x.UC_X86_REG_CR0, state.cr0)
             self._engine.flush()
         for name, register in (("gdtr", x.UC_X86_REG_GDTR), ("idtr", x.UC_X86_REG_IDTR)):
@@ -155,10 +155,10 @@ class Registers:
         cr0, cr3, cr4 = uc.reg_read_batch(
             [x.UC_X86_REG_CR0, x.UC_X86_REG_CR3, x.UC_X86_REG_CR4]
         )
-        return cr0, cr3, cr4, uc.reg_read(x.UC_X86_REG_MSR, _EFER)
+        return cr0, cr3, cr4, uc.reg_read(x.UC_X86_REG_MSR, Msr.EFER)
 
 
 def long_mode_active(state: Vmsa) -> int:
     """EFER with LMA as CR0.PG and LME make it."""
-    active = state.efer & _EFER_LME and state.cr0 & _CR0_PG
-    return state.efer & ~_EFER_LMA | (_EFER_LMA if active else 0)
+    active = state.efer & EFER_LME and state.cr0 & CR0_PG
+    return state.efer & ~EFER_LMA | (EFER_LMA if active else 0)
