@@ -69,6 +69,8 @@ class Engine:
         import unicorn
         from unicorn import unicorn_const, x86_const
 
+        self._code_pages: dict[int, int] = {}
+        """Where the engine fetches code from; the guest's tables may say otherwise by now."""
         self._u: Any = unicorn_const
         self.x: Any = x86_const
         self._error: Any = unicorn.UcError
@@ -92,8 +94,6 @@ class Engine:
         uc.hook_add(self._u.UC_HOOK_INSN_INVALID, self._invalid)
         uc.hook_add(self._u.UC_HOOK_EDGE_GENERATED, self._block_translated)
         self._flag, self._stub = _block_hook(uc, self._u.UC_HOOK_BLOCK)
-        self._code_pages: dict[int, int] = {}
-        """Where the engine fetches code from; the guest's tables may say otherwise by now."""
         self._sites: set[int] = set()
         """Addresses with a hook before an instruction.  They stay: other code may be there by now, or another
         address space's, and what has been translated elsewhere relies on them."""
