@@ -69,6 +69,8 @@ class Engine:
         import unicorn
         from unicorn import unicorn_const, x86_const
 
+        self._code_pages: dict[int, int] = {}
+        """Where the engine fetches code from; the guest's tables may say otherwise by now."""
         self._u: Any = unicorn_const
         self.x: Any = x86_const
         self._error: Any = unicorn.UcError
