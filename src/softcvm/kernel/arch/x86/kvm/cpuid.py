@@ -37,6 +37,7 @@ _KVM_FEATURES = (
 # Features that KVM clears in, and sets in, a register of a leaf.
 _MONITOR, _X2APIC, _TSC_DEADLINE, _HYPERVISOR = 1 << 3, 1 << 21, 1 << 24, 1 << 31
 _TSC_ADJUST = 1 << 1
+_OSXSAVE, _OSPKE = 1 << 27, 1 << 4  # the guest's CR4 decides (cpuid_runtime.py)
 _SVM = 1 << 2  # 8000_0001 ECX
 _SEV_PASSED_ON = 0x1F | 1 << 10 | 1 << 14  # 8000_001F EAX
 
@@ -113,14 +114,14 @@ def _has(entries: Iterable[KvmCpuidEntry2], leaf: int, register: str, bit: int) 
 def _virtualised(leaf: tuple[int, int], result: CpuidResult) -> CpuidResult:
     match leaf:
         case (0x1, 0):
-            ecx = result.ecx & ~_MONITOR | _X2APIC | _TSC_DEADLINE | _HYPERVISOR
+            ecx = result.ecx & ~(_MONITOR | _OSXSAVE) | _X2APIC | _TSC_DEADLINE | _HYPERVISOR
             return result._replace(ebx=result.ebx & 0xFFFF, ecx=ecx)
         case (0x5, 0):
             return CpuidResult()
         case (0x6, 0):
             return CpuidResult(eax=0x4)  # ARAT
         case (0x7, 0):
-            return result._replace(ebx=result.ebx | _TSC_ADJUST)
+            return result._replace(ebx=result.ebx | _TSC_ADJUST, ecx=result.ecx & ~_OSPKE)
         case (0x8000_0008, 0):
             return result._replace(eax=result.eax & 0xFFFF | (result.eax & 0xFF) << 16, edx=0)
         case (0x8000_0007, 0):
