@@ -80,6 +80,8 @@ class Engine:
         uc.ctl_set_exits([])
         uc.ctl_set_tlb_mode(self._u.UC_TLB_VIRTUAL)
         self._memory = memory
+        self._code_pages: dict[int, int] = {}
+        """Where the engine fetches code from; the guest's tables may say otherwise by now."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         uc.mem_map_ptr(0, len(memory), self._u.UC_PROT_ALL, address)
         uc.mem_map(len(memory), 4096)
@@ -92,8 +94,6 @@ class Engine:
         uc.hook_add(self._u.UC_HOOK_INSN_INVALID, self._invalid)
         uc.hook_add(self._u.UC_HOOK_EDGE_GENERATED, self._block_translated)
         self._flag, self._stub = _block_hook(uc, self._u.UC_HOOK_BLOCK)
-        self._code_pages: dict[int, int] = {}
-        """Where the engine fetches code from; the guest's tables may say otherwise by now."""
         self._sites: set[int] = set()
         """Addresses with a hook before an instruction.  They stay: other code may be there by now, or another
         address space's, and what has been translated elsewhere relies on them."""
