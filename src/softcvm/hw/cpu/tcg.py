@@ -197,6 +197,8 @@ class TcgCore(State):
         self._flush_stale(cpu)
         rip = self._engine.uc.reg_read(self._engine.x.UC_X86_REG_RIP)
         over, self._over = self._over, False
+        assert self._registers is not None
+        self._registers.will_run()
         stop = self._engine.run(rip, linear_rip(state) if over else None)
         match stop.why:
             case Halt.FAULT:
