@@ -7,14 +7,14 @@ import argparse
 import json
 import sys
 
-from bench import boot, commands, encryption, kernel, measure, rmp
+from bench import boot, commands, cpu, encryption, exec, kernel, measure, rmp
 from bench.sides import Bench, Ratios, Unavailable, measured
 
 __all__ = ("ALL", "main")
 
 ALL: dict[str, Bench] = {
     bench.name: bench
-    for module in (rmp, kernel, measure, encryption, commands, boot)
+    for module in (rmp, kernel, measure, encryption, cpu, exec, commands, boot)
     for bench in module.BENCHES
 }
 

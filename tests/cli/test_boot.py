@@ -55,7 +55,7 @@ def test_boot_of_a_real_ovmf_prints_the_digest_that_measure_prints(
 
 
 def test_json_has_these_keys_and_kinds(capsys: pytest.CaptureFixture[str]) -> None:
-    found = json.loads(booted(capsys, "--vcpus", "2", *SMALL, "--json"))
+    found = json.loads(booted(capsys, "--guest", "scripted", "--vcpus", "2", *SMALL, "--json"))
     assert list(found) == [
         "launch_digest",
         "vcpus",
@@ -148,7 +148,7 @@ def test_a_firmware_of_any_name_boots_and_is_named_on_one_line(
 def test_a_boot_that_gives_up_says_why_and_ends_with_1(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert cli.main(["boot", *SMALL, "--no-implicit-conversion"]) == 1
+    assert cli.main(["boot", "--guest", "scripted", *SMALL, "--no-implicit-conversion"]) == 1
     out, err = capsys.readouterr()
     assert err.count("\n") == 1
     assert "implicit conversion is off" in err
@@ -317,3 +317,53 @@ def test_an_interrupt_ends_with_130_and_says_nothing(
     assert cli.main(["boot", *SMALL, "--trace", str(trace)]) == 130
     assert capsys.readouterr() == ("", "")
     assert trace.read_text().endswith("}\n")
+
+
+def test_the_payload_prints_through_its_ghcb_and_asks_to_be_ended(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = booted(capsys, "--memory", "64M")
+    console = [
+        line.split("| ")[1] for line in out.splitlines() if line.startswith(" " * 14 + "|")
+    ]
+    assert console == [
+        "payload up in 64-bit mode: C-bit 51, hypervisor features 3",
+        "accepted 8 2M pages and 256 4K pages, wrote and read back all; size mismatches: 0",
+        "shared a page with a device and took it back",
+        "secrets page version 3, with a key for VMPL0",
+        "done",
+    ]
+
+
+def test_the_payload_accepts_2m_pages_by_4k_where_the_host_has_no_larger_ones(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = booted(capsys, "--memory", "64M", "--gmem-order", "0", "--json")
+    counters = json.loads(out)["counters"]
+    # 8 refused as 2M, 8 times 512; 256; one given up and taken back; the GHCB given up
+    assert counters["pvalidate"] == 8 + 8 * 512 + 256 + 2 + 1
+
+
+def test_the_payload_finds_a_device_that_does_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("softcvm.vmm.devices.Bounce.write", lambda self, value, size: None)
+    assert cli.main(["boot", "--memory", "64M"]) == 1
+    assert "PAYLOAD_DEVICE" in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["--memory", "16M"], "--memory 16M is too small: the payload needs 32M"),
+        (["--memory", "512G"], "machine code runs in guests up to 256G"),
+        (["--guest", "payload", "x.fd"], "it is in the built-in firmware only"),
+    ],
+)
+def test_a_payload_that_cannot_run_is_refused_in_a_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], why: str
+) -> None:
+    assert cli.main(["boot", *arguments]) == 2
+    err = capsys.readouterr().err
+    assert why in err
+    assert err.count("\n") == 1

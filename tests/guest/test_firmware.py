@@ -1,5 +1,7 @@
 """The built-in firmware image, as sev-snp-measure and a processor see it."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from sevsnpmeasure.ovmf import OVMF
@@ -7,6 +9,8 @@ from unicorn import UC_ARCH_X86, UC_MODE_16, Uc
 from unicorn.x86_const import UC_X86_REG_CS, UC_X86_REG_EIP
 
 from softcvm.guest import firmware
+from softcvm.guest.payload._generated_payload import CODE
+from tools.build_payload import assemble
 
 
 def test_the_image_is_the_same_whenever_it_is_built() -> None:
@@ -33,15 +37,32 @@ def test_sev_snp_measure_finds_all_that_a_launch_needs(tmp_path: Path) -> None:
     assert image.sev_es_reset_eip() == firmware.AP_RESET_EIP
 
 
-def test_every_vcpu_runs_into_a_halt() -> None:
+def test_other_processors_run_into_a_halt() -> None:
+    machine = at_reset(firmware.AP_RESET_EIP)
+    machine.emu_start(0xF_0000 + (firmware.AP_RESET_EIP & 0xFFFF), 0, count=10)
+    at = int(machine.reg_read(UC_X86_REG_EIP)) & 0xFFFF
+    assert firmware.build()[at - 1 : at] == b"\xf4", "stopped after something else than a hlt"
+
+
+def test_the_reset_vector_leads_to_the_payload() -> None:
+    machine = at_reset(0xFFFF_FFF0)
+    machine.emu_start(0xF_FFF0, 0, count=1)
+    assert machine.reg_read(UC_X86_REG_EIP) & 0xFFFF == 0
+
+
+def test_the_payload_is_what_the_assembler_makes_of_its_source(
+    require: Callable[[str, bool, str], None],
+) -> None:
+    found = shutil.which("as") is not None and shutil.which("ld") is not None
+    require("as", found, "apt install binutils")
+    assert assemble() == CODE, "run tools/build_payload.py"
+
+
+def at_reset(eip: int) -> Uc:
+    """A processor at reset: CS:IP is F000:offset and the code is where the segment's base says."""
     image = firmware.build()
-    base = (1 << 32) - len(image)
-    for eip in (0xFFFF_FFF0, firmware.AP_RESET_EIP):
-        # A processor at reset: CS:IP is F000:offset and the code is where the segment's base says.
-        machine = Uc(UC_ARCH_X86, UC_MODE_16)
-        machine.mem_map(0xF_0000, len(image))
-        machine.mem_write(0xF_0000, image)
-        machine.reg_write(UC_X86_REG_CS, 0xF000)
-        machine.emu_start(0xF_0000 + (eip - base), 0, count=10)
-        at = int(machine.reg_read(UC_X86_REG_EIP)) & 0xFFFF
-        assert image[at - 1 : at] == b"\xf4", "stopped after something else than a hlt"
+    machine = Uc(UC_ARCH_X86, UC_MODE_16)
+    machine.mem_map(0xF_0000, len(image))
+    machine.mem_write(0xF_0000, image)
+    machine.reg_write(UC_X86_REG_CS, 0xF000)
+    return machine

@@ -19,7 +19,22 @@ PAGE = 4096
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole life of a guest with 4K and 2M pages."""
     path = tmp_path_factory.mktemp("trace") / "run.json"
-    assert cli.main(["boot", "--memory", "64M", "--vcpus", "2", "--trace", str(path)]) == 0
+    assert (
+        cli.main(
+            [
+                "boot",
+                "--guest",
+                "scripted",
+                "--memory",
+                "64M",
+                "--vcpus",
+                "2",
+                "--trace",
+                str(path),
+            ]
+        )
+        == 0
+    )
     return path
 
 

@@ -9,23 +9,11 @@ from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.cpu.idt import Event, deliver
 from softcvm.hw.cpu.paging import Access
 from softcvm.hw.cpu.vmrun import VmExitRaised
+from tests.hw.cpu.flat import Flat
 
 IDT, GDT, TSS, STACK, HANDLER = 0x1000, 0x2000, 0x3000, 0x8000, 0xFFFF_8000_1234_5678
 KERNEL_CODE, USER_CODE, USER_DATA = 0x08, 0x1B, 0x23
 INTERRUPT, TRAP = 0x8E, 0x8F
-
-
-class Flat:
-    """Linear memory without page tables."""
-
-    def __init__(self) -> None:
-        self.data = bytearray(0x10000)
-
-    def read_linear(self, address: int, length: int, access: Access) -> bytes:
-        return bytes(self.data[address : address + length])
-
-    def write_linear(self, address: int, data: bytes, access: Access) -> None:
-        self.data[address : address + len(data)] = data
 
 
 @pytest.fixture

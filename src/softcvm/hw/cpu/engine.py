@@ -82,8 +82,6 @@ class Engine:
         uc.ctl_set_exits([])
         uc.ctl_set_tlb_mode(self._u.UC_TLB_VIRTUAL)
         self._memory = memory
-        self._code_pages: dict[int, int] = {}
-        """Where the engine fetches code from; the guest's tables may say otherwise by now."""
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         uc.mem_map_ptr(0, len(memory), self._u.UC_PROT_ALL, address)
         uc.mem_map(len(memory), 4096)

@@ -4,7 +4,7 @@ Owns one entry into the guest from VMRUN to #VMEXIT: what each stop of the engin
 them.  The engine is engine.py, registers tcg_registers.py, the guest's page table paging.py, the delivery of
 exceptions idt.py; what leaves the guest, and how, is intercepts.py's for every kind of core.
 
-Exceptions are delivered in long mode only, and of page tables only its own are walked.
+Of page tables only those of long mode are walked.
 """
 
 from typing import Any
@@ -44,6 +44,7 @@ from softcvm.hw.cpu.engine import (
     host_tsc,
 )
 from softcvm.hw.cpu.idt import Event, deliver
+from softcvm.hw.cpu.idt_legacy import deliver_outside_long_mode
 from softcvm.hw.cpu.intercepts import intercepted
 from softcvm.hw.cpu.paging import Access, walk_guest
 from softcvm.hw.cpu.tcg_registers import Registers
@@ -197,6 +198,8 @@ class TcgCore(State):
         self._flush_stale(cpu)
         rip = self._engine.uc.reg_read(self._engine.x.UC_X86_REG_RIP)
         over, self._over = self._over, False
+        assert self._registers is not None
+        self._registers.will_run()
         stop = self._engine.run(rip, linear_rip(state) if over else None)
         match stop.why:
             case Halt.FAULT:
@@ -253,10 +256,11 @@ class TcgCore(State):
         """Through the guest's IDT; a nested fault on the way leaves the event pending."""
         assert self._registers is not None
         self._registers.store(state)
-        if not state.efer & _EFER_LMA:
-            raise Unmodelled(f"exception {event.vector} in a guest outside of long mode")
         try:
-            deliver(self, state, event)
+            if state.efer & _EFER_LMA:
+                deliver(self, state, event)
+            else:
+                deliver_outside_long_mode(self, state, event)
         except GuestException as second:
             state.rip -= event.length
             self._registers.load(state)

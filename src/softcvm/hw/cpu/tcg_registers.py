@@ -2,12 +2,17 @@
 
 The engine keeps what the guest changes by itself, segments with their hidden parts and the mode included
 (engine_state.py); load() gives it only what differs from what it was last given or gave.
+
+Both sides are equal from load() until the engine has run: store() has nothing to do then.
 """
+
+import struct
 
 from softcvm.abi.svm import Msr
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.cpu.engine import Engine
 from softcvm.hw.cpu.engine_state import SEGMENTS
+from softcvm.hw.cpu.tcg_batch import Batch
 from softcvm.hw.cpu.vmrun import CR0_PG, EFER_LMA, EFER_LME
 
 __all__ = ("Registers", "long_mode_active")
@@ -23,6 +28,15 @@ _MSRS = (
     ("sfmask", 0xC000_0084),
     ("kernel_gs_base", 0xC000_0102),
 )
+_GENERAL = struct.Struct("<19Q")
+"""The general registers, RIP, RFLAGS, and CR2, which is not taken back."""
+_OFTEN = struct.Struct("<21Q")
+"""The general registers, RIP and RFLAGS; CR0, CR3, CR4."""
+_REST = struct.Struct("<I4xQ 2x6xQI4x 2x6xQI4x 256s I3H")
+"""KERNEL_GS_BASE behind its number; GDTR and IDTR as the engine's structure; XMM; MXCSR; x87 control."""
+_KERNEL_GS_BASE = 0xC000_0102
+_NO_X87 = 0xFFFF
+"""FPTAG: all registers are empty."""
 _FIRST, _SECOND = slice(0, 0x170), slice(0x1E0, 0x308)
 _X87 = slice(0x400, 0x470)
 """Parts of a save area that change seldom: segments and control registers; MSRs."""
@@ -35,14 +49,27 @@ class Registers:
         self._engine = engine
         x = engine.x
         names = [*_GPRS, "rip"]
-        self._general = [getattr(x, f"UC_X86_REG_{name.upper()}") for name in names]
+        general = [getattr(x, f"UC_X86_REG_{name.upper()}") for name in names]
         self._names = names
-        self._often = [
-            *self._general,
-            x.UC_X86_REG_EFLAGS,
-            *(x.UC_X86_REG_CR0, x.UC_X86_REG_CR3, x.UC_X86_REG_CR4),
-        ]
+        general.append(x.UC_X86_REG_EFLAGS)
+        given = [*general, x.UC_X86_REG_CR2]
+        often = [*general, x.UC_X86_REG_CR0, x.UC_X86_REG_CR3, x.UC_X86_REG_CR4]
+        self._general = Batch(engine.uc, [(register, 8) for register in given])
+        self._often = Batch(engine.uc, [(register, 8) for register in often])
         self._xmm = [getattr(x, f"UC_X86_REG_XMM{n}") for n in range(16)]
+        control = (x.UC_X86_REG_FPCW, x.UC_X86_REG_FPSW, x.UC_X86_REG_FPTAG)
+        self._rest = Batch(
+            engine.uc,
+            [
+                *((x.UC_X86_REG_MSR, 16), (x.UC_X86_REG_GDTR, 24), (x.UC_X86_REG_IDTR, 24)),
+                *((register, 16) for register in self._xmm),
+                (x.UC_X86_REG_MXCSR, 4),
+                *((register, 2) for register in control),
+            ],
+        )
+        self._rest.put(_REST.pack(_KERNEL_GS_BASE, *[0] * 5, bytes(256), *[0] * 4))
+        self._ahead = False
+        """The engine has run, and its registers were not taken since."""
         self._seldom: tuple[bytes, bytes] | None = None
         self._fpu = b""
         self._x87_held = b""
@@ -63,15 +90,21 @@ class Registers:
         if self._x87_fields(state) != self._x87_held:
             self._load_x87(state)
         values = [getattr(state, name) for name in self._names]
-        general = list(zip(self._general, values, strict=True))
         # The engine's own failed look-ups change its CR2: the guest's is given anew, and never taken from it.
-        uc.reg_write_batch([*general, (x.UC_X86_REG_CR2, state.cr2)])
-        uc.reg_write(x.UC_X86_REG_EFLAGS, state.rflags)
+        self._general.write(_GENERAL.pack(*values, state.rflags, state.cr2))
+        self._ahead = False
+
+    def will_run(self) -> None:
+        """The engine is about to run: what it holds counts from now on."""
+        self._ahead = True
 
     def store_general(self, state: Vmsa) -> None:
         """What instructions are decoded and addresses computed with."""
-        uc = self._engine.uc
-        *general, state.rflags, state.cr0, state.cr3, state.cr4 = uc.reg_read_batch(self._often)
+        if not self._ahead:
+            return
+        *general, state.rflags, state.cr0, state.cr3, state.cr4 = _OFTEN.unpack(
+            self._often.read()
+        )
         for name, value in zip(self._names, general, strict=True):
             setattr(state, name, value)
         state.efer = long_mode_active(state)
@@ -82,16 +115,19 @@ class Registers:
 
     def store(self, state: Vmsa) -> None:
         """Write what the engine holds into a save area."""
-        uc, x = self._engine.uc, self._engine.x
+        if not self._ahead:
+            return
         self.store_general(state)
-        state.kernel_gs_base = uc.reg_read(x.UC_X86_REG_MSR, 0xC000_0102)
-        for name, register in (("gdtr", x.UC_X86_REG_GDTR), ("idtr", x.UC_X86_REG_IDTR)):
-            _, base, limit, _ = uc.reg_read(register)
+        _, kernel_gs, gdt, gdt_limit, idt, idt_limit, xmm, state.mxcsr, *x87 = _REST.unpack(
+            self._rest.read()
+        )
+        state.kernel_gs_base = kernel_gs
+        for name, base, limit in (("gdtr", gdt, gdt_limit), ("idtr", idt, idt_limit)):
             setattr(state, name, bytes(Segment(base=base, limit=limit)))
-        *xmm, state.mxcsr = uc.reg_read_batch([*self._xmm, x.UC_X86_REG_MXCSR])
-        state.fpreg_xmm = self._fpu = b"".join(value.to_bytes(16, "little") for value in xmm)
-        self._store_x87(state)
+        state.fpreg_xmm = self._fpu = xmm
+        self._store_x87(state, *x87)
         self._seldom = bytes(state.data[_FIRST]), bytes(state.data[_SECOND])
+        self._ahead = False
 
     @staticmethod
     def _x87_fields(state: Vmsa) -> bytes:
@@ -112,12 +148,11 @@ class Registers:
         uc.reg_write(x.UC_X86_REG_FPTAG, tags)
         self._x87_held = self._x87_fields(state)
 
-    def _store_x87(self, state: Vmsa) -> None:
+    def _store_x87(self, state: Vmsa, control: int, status: int, tags: int) -> None:
         uc, x = self._engine.uc, self._engine.x
-        control = uc.reg_read_batch([x.UC_X86_REG_FPCW, x.UC_X86_REG_FPSW, x.UC_X86_REG_FPTAG])
-        state.x87_fcw, state.x87_fsw, tags = control
-        top = state.x87_fsw >> 11 & 7
-        if state.x87_ftw == 0 and tags == 0xFFFF:
+        state.x87_fcw, state.x87_fsw = control, status
+        top = status >> 11 & 7
+        if state.x87_ftw == 0 and tags == _NO_X87:
             return  # all registers are empty, and were
         registers = uc.reg_read_batch([x.UC_X86_REG_FP0 + (top + n & 7) for n in range(8)])
         state.fpreg_x87 = b"".join(m.to_bytes(8, "little") for m, _ in registers) + b"".join(
