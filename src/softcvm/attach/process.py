@@ -22,7 +22,7 @@ from softcvm.sim.steps import Task, Wait
 
 __all__ = ("Caught", "Thread")
 
-_QUICK = 0.001
+_QUICK = 0.005
 """Seconds in which nobody asks whether a signal came."""
 
 

@@ -9,7 +9,7 @@ import struct
 from functools import cache
 from typing import Any, NamedTuple
 
-__all__ = ("SEGMENTS", "HiddenState")
+__all__ = ("SEGMENTS", "HiddenState", "unpack")
 
 SEGMENTS = ("es", "cs", "ss", "ds", "fs", "gs", "ldtr", "tr")
 """In the order of the engine's table; each takes 24 bytes."""
@@ -42,18 +42,14 @@ class HiddenState:
         self._context = uc.context_save()
         self._base = ctypes.cast(self._context._context, ctypes.c_void_p).value or 0
 
-    def read(self) -> tuple[list[tuple[int, int, int, int]], int]:
-        """(selector, base, limit, attributes as a save area packs them) of each of SEGMENTS; privilege level."""
+    def read(self) -> tuple[bytes, int]:
+        """Segments as the engine keeps them, for unpack(); privilege level."""
         self._uc.context_update(self._context)
         raw = ctypes.string_at(self._base + self._places.segments, 24 * len(SEGMENTS))
-        found = [
-            (selector, base, limit, flags >> 8 & 0xFF | flags >> 12 & 0xF00)
-            for selector, _, base, limit, flags in _CACHE.iter_unpack(raw)
-        ]
-        return found, self._flags().value & _CPL
+        return raw, self._flags().value & _CPL
 
     def write(self, segments: list[tuple[int, int, int, int]], cpl: int) -> None:
-        """As read() gives them.  Control registers must be in the engine: they say what the attributes mean."""
+        """As unpack() gives them.  Control registers must be in the engine: they say what the attributes mean."""
         self._uc.context_update(self._context)
         raw = b"".join(
             _CACHE.pack(selector, 0, base, limit, (attrib & 0xFF) << 8 | (attrib & 0xF00) << 12)
@@ -78,6 +74,14 @@ class HiddenState:
 
     def _flags(self) -> ctypes.c_uint32:
         return ctypes.c_uint32.from_address(self._base + self._places.flags)
+
+
+def unpack(raw: bytes) -> list[tuple[int, int, int, int]]:
+    """(selector, base, limit, attributes as a save area packs them) of each of SEGMENTS."""
+    return [
+        (selector, base, limit, flags >> 8 & 0xFF | flags >> 12 & 0xF00)
+        for selector, _, base, limit, flags in _CACHE.iter_unpack(raw)
+    ]
 
 
 def _sizes(segments: list[tuple[int, int, int, int]], flags: int) -> int:

@@ -7,20 +7,26 @@ Both sides are equal from load() until the engine has run: store() has nothing t
 """
 
 import struct
+from typing import Any
 
 from softcvm.abi.svm import Msr
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.cpu.engine import Engine
-from softcvm.hw.cpu.engine_state import SEGMENTS
+from softcvm.hw.cpu.engine_state import SEGMENTS, unpack
 from softcvm.hw.cpu.tcg_batch import Batch
 from softcvm.hw.cpu.vmrun import CR0_PG, EFER_LMA, EFER_LME
 
 __all__ = ("Registers", "long_mode_active")
 
-_GPRS = (
-    *("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp"),
-    *(f"r{n}" for n in range(8, 16)),
+_GENERAL = (
+    ("rflags", "rip"),
+    ("rsp",),
+    ("rax",),
+    ("rcx", "rdx", "rbx"),
+    ("rbp", "rsi", "rdi", *(f"r{n}" for n in range(8, 16))),
 )
+"""Registers that lie one behind the other in a save area."""
+_CONTROL = ("cr4", "cr3", "cr0")
 _MSRS = (
     ("star", 0xC000_0081),
     ("lstar", 0xC000_0082),
@@ -28,10 +34,6 @@ _MSRS = (
     ("sfmask", 0xC000_0084),
     ("kernel_gs_base", 0xC000_0102),
 )
-_GENERAL = struct.Struct("<19Q")
-"""The general registers, RIP, RFLAGS, and CR2, which is not taken back."""
-_OFTEN = struct.Struct("<21Q")
-"""The general registers, RIP and RFLAGS; CR0, CR3, CR4."""
 _REST = struct.Struct("<I4xQ 2x6xQI4x 2x6xQI4x 256s I3H")
 """KERNEL_GS_BASE behind its number; GDTR and IDTR as the engine's structure; XMM; MXCSR; x87 control."""
 _KERNEL_GS_BASE = 0xC000_0102
@@ -48,29 +50,27 @@ class Registers:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         x = engine.x
-        names = [*_GPRS, "rip"]
-        general = [getattr(x, f"UC_X86_REG_{name.upper()}") for name in names]
-        self._names = names
-        general.append(x.UC_X86_REG_EFLAGS)
-        given = [*general, x.UC_X86_REG_CR2]
-        often = [*general, x.UC_X86_REG_CR0, x.UC_X86_REG_CR3, x.UC_X86_REG_CR4]
-        self._general = Batch(engine.uc, [(register, 8) for register in given])
-        self._often = Batch(engine.uc, [(register, 8) for register in often])
+        general = [_number(x, name) for group in _GENERAL for name in group]
+        control = [_number(x, name) for name in _CONTROL]
+        self._general = Batch(engine.uc, [(n, 8) for n in (*general, x.UC_X86_REG_CR2)])
+        self._often = Batch(engine.uc, [(n, 8) for n in (*general, *control)])
         self._xmm = [getattr(x, f"UC_X86_REG_XMM{n}") for n in range(16)]
-        control = (x.UC_X86_REG_FPCW, x.UC_X86_REG_FPSW, x.UC_X86_REG_FPTAG)
+        x87 = (x.UC_X86_REG_FPCW, x.UC_X86_REG_FPSW, x.UC_X86_REG_FPTAG)
         self._rest = Batch(
             engine.uc,
             [
                 *((x.UC_X86_REG_MSR, 16), (x.UC_X86_REG_GDTR, 24), (x.UC_X86_REG_IDTR, 24)),
                 *((register, 16) for register in self._xmm),
                 (x.UC_X86_REG_MXCSR, 4),
-                *((register, 2) for register in control),
+                *((register, 2) for register in x87),
             ],
         )
         self._rest.put(_REST.pack(_KERNEL_GS_BASE, *[0] * 5, bytes(256), *[0] * 4))
         self._ahead = False
         """The engine has run, and its registers were not taken since."""
         self._seldom: tuple[bytes, bytes] | None = None
+        self._segments = b""
+        """As the engine keeps those that the save area has; b"" if that is not known."""
         self._fpu = b""
         self._x87_held = b""
 
@@ -89,9 +89,9 @@ class Registers:
             uc.reg_write(x.UC_X86_REG_MXCSR, state.mxcsr)
         if self._x87_fields(state) != self._x87_held:
             self._load_x87(state)
-        values = [getattr(state, name) for name in self._names]
         # The engine's own failed look-ups change its CR2: the guest's is given anew, and never taken from it.
-        self._general.write(_GENERAL.pack(*values, state.rflags, state.cr2))
+        data = [state.data[place] for place, _ in _PLACES[:-1]]
+        self._general.write(b"".join((*data, state.cr2.to_bytes(8, "little"))))
         self._ahead = False
 
     def will_run(self) -> None:
@@ -102,16 +102,18 @@ class Registers:
         """What instructions are decoded and addresses computed with."""
         if not self._ahead:
             return
-        *general, state.rflags, state.cr0, state.cr3, state.cr4 = _OFTEN.unpack(
-            self._often.read()
-        )
-        for name, value in zip(self._names, general, strict=True):
-            setattr(state, name, value)
+        data = self._often.read()
+        for place, source in _PLACES:
+            state.data[place] = data[source]
         state.efer = long_mode_active(state)
-        segments, state.cpl = self._engine.hidden.read()
-        for name, (selector, base, limit, attrib) in zip(SEGMENTS, segments, strict=True):
-            given = Segment(selector=selector, base=base, limit=limit, attrib=attrib)
-            setattr(state, name, bytes(given))
+        raw, state.cpl = self._engine.hidden.read()
+        if raw != self._segments:
+            self._segments = raw
+            for name, (selector, base, limit, attrib) in zip(
+                SEGMENTS, unpack(raw), strict=True
+            ):
+                given = Segment(selector=selector, base=base, limit=limit, attrib=attrib)
+                setattr(state, name, bytes(given))
 
     def store(self, state: Vmsa) -> None:
         """Write what the engine holds into a save area."""
@@ -183,6 +185,7 @@ class Registers:
         segments = [Segment(getattr(state, name)) for name in SEGMENTS]
         given = [(part.selector, part.base, part.limit, part.attrib) for part in segments]
         self._engine.hidden.write(given, state.cpl)
+        self._segments = b""
 
     def _control(self) -> tuple[int, int, int, int]:
         """CR0, CR3, CR4 and EFER as the engine has them."""
@@ -191,6 +194,30 @@ class Registers:
             [x.UC_X86_REG_CR0, x.UC_X86_REG_CR3, x.UC_X86_REG_CR4]
         )
         return cr0, cr3, cr4, uc.reg_read(x.UC_X86_REG_MSR, Msr.EFER)
+
+
+def _places() -> list[tuple[slice, slice]]:
+    """Where each group of registers lies in a save area, and in what the engine gives."""
+    places = []
+    at = 0
+    for group in (*_GENERAL, _CONTROL):
+        first, last = (getattr(Vmsa, name).offset for name in (group[0], group[-1]))
+        length = 8 * len(group)
+        if last + 8 - first != length:
+            raise AssertionError(f"{group} do not lie one behind the other")
+        places.append((slice(first, first + length), slice(at, at + length)))
+        at += length
+    return places
+
+
+_PLACES = _places()
+
+
+def _number(constants: Any, name: str) -> int:
+    """The engine's number of a register."""
+    name = {"rflags": "eflags"}.get(name, name)
+    number: int = getattr(constants, f"UC_X86_REG_{name.upper()}")
+    return number
 
 
 def long_mode_active(state: Vmsa) -> int:
