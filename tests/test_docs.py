@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from docs.generate_invariants import page
+from docs.generate_planted import page as planted_page
 from docs.generate_session import readme
 from docs.generate_support import ioctl_states, support
 from softcvm.abi.ghcb import GhcbExit
@@ -25,6 +26,10 @@ PAGES = sorted([*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CHANGELOG.md"])
 
 def test_the_page_of_invariants_is_what_the_code_says() -> None:
     assert (DOCS / "invariants.md").read_text() == page(), "run docs/generate_invariants.py"
+
+
+def test_the_page_of_planted_defects_is_what_the_tables_say() -> None:
+    assert (DOCS / "planted.md").read_text() == planted_page(), "run docs/generate_planted.py"
 
 
 def test_the_session_in_the_readme_is_what_boot_prints() -> None:

@@ -277,6 +277,10 @@ def asid_in_nobodys_use(host: Machine) -> None:
     ops.asids.used.add(77)
 
 
+def dirty_and_free(host: Machine) -> None:
+    host.soc.psp.asids.dirty[77] = 1
+
+
 def mirror_nobody_knows(host: Machine) -> None:
     sev_info(vm_of(host)).enc_context_owner = vm_of(host)
 
@@ -297,6 +301,7 @@ KERNEL: dict[str, Callable[[Machine], object]] = {
     "vm_references_are_exact": one_reference_too_many,
     "file_references_are_exact": a_file_held_by_nobody,
     "asids_have_one_holder": asid_in_nobodys_use,
+    "dirty_asids_wait_for_a_flush": dirty_and_free,
     "every_page_has_one_owner": lambda host: host.linux.page_alloc.alloc_pages(),
     "page_references_are_exact": lambda host: host.linux.page_alloc.get_pages(5, 1),
     "immutable_pages_were_lent": left_pre_guest,

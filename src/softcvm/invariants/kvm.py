@@ -22,7 +22,6 @@ from softcvm.kernel.host import KvmBug, Warn
 from softcvm.kernel.mm.uaccess import UserPtr
 from softcvm.kernel.virt.kvm.gmem_inode import GmemFile
 from softcvm.kernel.virt.kvm.kvm_main import Kvm, KvmVcpu
-from softcvm.kernel.virt.kvm.mem_attributes import kvm_hugepage_mixed
 from softcvm.sim.addr import PAGE_SHIFT, PgLevel, pages_per_level
 from softcvm.sim.steps import run
 from softcvm.uapi.vcpu import kvm_vcpu_ioctl
@@ -220,7 +219,8 @@ def huge_leaves_are_of_one_kind(m: "Machine") -> Checking:
             for first, last, _ in kvm.mem_attr.runs(leaf.gfn, leaf.gfn + leaf.npages):
                 for gfn in {first, last - 1}:
                     looked_at += 1
-                    if kvm_hugepage_mixed(kvm, gfn, leaf.level):
+                    base = gfn - gfn % size
+                    if not kvm.mem_attr.uniform(base, base + size):
                         yield Violation(leaf.pfn, f"VM {kvm.id}: GFN {gfn:#x} is mixed")
     return looked_at
 
@@ -421,6 +421,22 @@ def asids_have_one_holder(m: "Machine") -> Checking:
         why = f"ASIDs in use {sorted(used - reclaim)}, held by VMs {sorted(held)}"
         yield Violation(-1, why)
     return len(used)
+
+
+@always(
+    "an ASID that is dirty in a cache is not free to be given out",
+    source="arch/x86/kvm/svm/sev.c sev_asid_free(), __sev_recycle_asids(), sev_flush_asids(), v7.2",
+    whole_machine=True,
+)
+def dirty_asids_wait_for_a_flush(m: "Machine") -> Checking:
+    ops = m.linux.kvm_x86_ops
+    if not isinstance(ops, SvmOps):
+        return 0
+    dirty = m.soc.psp.asids.dirty.keys()
+    free = sorted(dirty - ops.asids.used)
+    if free:
+        yield Violation(-1, f"ASIDs {free} are dirty and free")
+    return len(dirty)
 
 
 @always(
