@@ -46,7 +46,7 @@ HARDWARE = (
                 "(attrs & ~(PAGESIZE | LEFTOVER | VMSA), gfn + 1)",
             ),
         ),
-        Scene("boot", "nested_mappings_lead_to_pages_bound_there"),
+        Scene("boot", "calls_end_as_they_should"),
     ),
     Defect(
         "pvalidate_makes_immutable",

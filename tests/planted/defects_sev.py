@@ -292,7 +292,7 @@ SEV = (
                 "if True:",
             ),
         ),
-        Scene("boot", "guest_passed_its_own_checks"),
+        Scene("boot", "calls_end_as_they_should"),
     ),
     Defect(
         "rmp_fault_is_not_resolved",
