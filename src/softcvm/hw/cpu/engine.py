@@ -182,7 +182,7 @@ class Engine:
 
     def _look_at(self, address: int, size: int) -> bool:
         """Put hooks before what leaves the guest in a block; whether there is a new one."""
-        code = self._code(address, size)
+        code = self.fetched(address, size)
         if not _SUSPECT.search(code):
             return False
         new = False
@@ -195,14 +195,16 @@ class Engine:
                 new = True
         return new
 
-    def _code(self, address: int, size: int) -> bytes:
-        """The bytes of a block that the engine has just fetched, on one page or two."""
+    def fetched(self, address: int, length: int) -> bytes:
+        """Code where the engine has fetched it from, on one page or more; it ends before a page that was not."""
         found = b""
-        while len(found) < size:
+        while len(found) < length:
             at = address + len(found)
-            length = min(size - len(found), 4096 - (at & 4095))
-            page = self._code_pages[at & ~4095]
-            found += bytes(self._memory[page + (at & 4095) : page + (at & 4095) + length])
+            page = self._code_pages.get(at & ~4095)
+            if page is None:
+                break
+            size = min(length - len(found), 4096 - (at & 4095))
+            found += bytes(self._memory[page + (at & 4095) : page + (at & 4095) + size])
         return found
 
 

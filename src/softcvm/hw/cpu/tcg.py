@@ -224,13 +224,10 @@ class TcgCore(State):
         if vector < 32 and vector not in (Vector.BP, Vector.OF):
             return 0
         assert self._registers is not None
+        assert self._engine is not None
         self._registers.store_general(state)
-        access = Access(fetch=True, user=state.cpl == 3)
-        short = (
-            vector == Vector.BP
-            and self.read_linear(linear_rip(state) - 1, 1, access) == b"\xcc"
-        )
-        return 1 if short else 2
+        last = self._engine.fetched(linear_rip(state) - 1, 1)
+        return 1 if vector == Vector.BP and last == b"\xcc" else 2
 
     def _fault(self, stop: Stop) -> None:
         """Raised while an address was translated."""
@@ -262,7 +259,7 @@ class TcgCore(State):
             else:
                 deliver_outside_long_mode(self, state, event)
         except GuestException as second:
-            state.rip -= event.length
+            state.rip = state.rip - event.length & (1 << 64) - 1
             self._registers.load(state)
             self._event = event.then(Event(int(second.vector), second.error_code, second.cr2))
             return
