@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 
 def stream(folder: Path, hash_seed: str, *options: str) -> tuple[bytes, bytes]:
     """What `softcvm boot` prints and traces in a fresh process."""
@@ -28,8 +30,12 @@ def stream(folder: Path, hash_seed: str, *options: str) -> tuple[bytes, bytes]:
     return done.stdout, trace.read_bytes()
 
 
-def test_two_processes_with_other_hash_seeds_write_equal_streams(tmp_path: Path) -> None:
-    one = stream(tmp_path, "1", "--memory", "256M", "--vcpus", "2")
-    two = stream(tmp_path, "2", "--memory", "256M", "--vcpus", "2")
+@pytest.mark.parametrize("guest", ["payload", "scripted"])
+def test_two_processes_with_other_hash_seeds_write_equal_streams(
+    tmp_path: Path, guest: str
+) -> None:
+    options = ("--guest", guest, "--memory", "256M", "--vcpus", "2")
+    one = stream(tmp_path, "1", *options)
+    two = stream(tmp_path, "2", *options)
     assert one == two
     assert one[1].count(b"\n") > 1000

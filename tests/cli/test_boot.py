@@ -95,10 +95,12 @@ def test_json_has_these_keys_and_kinds(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.mark.parametrize("cpu", ["milan", "genoa"])
 @pytest.mark.parametrize("kernel", ["6.12", "6.18", "7.3"])
 @pytest.mark.parametrize("order", ["0", "9"])
+@pytest.mark.parametrize("guest", ["payload", "scripted"])
 def test_every_host_boots(
-    capsys: pytest.CaptureFixture[str], cpu: str, kernel: str, order: str
+    capsys: pytest.CaptureFixture[str], cpu: str, kernel: str, order: str, guest: str
 ) -> None:
-    booted(capsys, *SMALL, "--cpu", cpu, "--kernel", kernel, "--gmem-order", order)
+    host = ("--cpu", cpu, "--kernel", kernel, "--gmem-order", order)
+    assert "| done\n" in booted(capsys, *SMALL, "--guest", guest, *host)
 
 
 def test_kernel_hashes_are_part_of_the_digest(

@@ -12,10 +12,11 @@ from softcvm.abi.kvm import _generated_kvm as k
 from softcvm.abi.kvm.memory import KvmUserspaceMemoryRegion2, MemFlag, VmType
 from softcvm.abi.kvm.run import KVM_RUN_MMAP_SIZE
 from softcvm.abi.launch_digest import LaunchPageType
+from softcvm.hw.access import HostRmpFault
 from softcvm.hw.events import NestedPageFault
 from softcvm.invariants import check_all, watch
 from softcvm.kernel.arch.x86.kvm.svm.sev_info import sev_info
-from softcvm.kernel.arch.x86.virt.svm.sev import rmp_make_shared
+from softcvm.kernel.arch.x86.virt.svm.sev import RmpSpin, rmp_make_shared
 from softcvm.kernel.errors import KernelError
 from softcvm.machine import Machine
 from softcvm.sim.addr import PAGE_SHIFT, PAGE_SIZE, Pfn, PgLevel
@@ -44,6 +45,10 @@ class SceneOver(Exception):
     """Something is broken: what follows from it is not looked at."""
 
 
+class FaultsForEver(Exception):
+    """A guest that does not come on."""
+
+
 class Observer:
     """What was seen to be broken on one machine."""
 
@@ -58,7 +63,7 @@ class Observer:
         """A guest that faults for ever ends the scene too."""
         self._faults += isinstance(event, NestedPageFault)
         if self._faults > FAULTS:
-            raise RuntimeError(f"{FAULTS} nested page faults")
+            raise FaultsForEver(f"{FAULTS} nested page faults")
 
     def give_up(self) -> None:
         """The scene ended with an error: no quiescent point, but what was seen of events counts."""
@@ -88,6 +93,8 @@ class Observer:
         )
 
 
+ENDS = (AssertionError, FaultsForEver, HostRmpFault, RmpSpin)
+"""How a scene with a defect may end early; anything else, what is not modelled too, is an error of the test."""
 Play = Callable[[Observer], None]
 
 
@@ -99,7 +106,7 @@ def broken_in(scene: str) -> set[str]:
         play(observer)
     except SceneOver:
         pass
-    except Exception:
+    except ENDS:
         observer.give_up()
     return observer.broken
 
