@@ -6,6 +6,7 @@ Owns the encodings only; what executing one does is intercepts.py's and hw/insn'
 from functools import cache
 from typing import Any
 
+from softcvm.abi.control_registers import EFER_LMA
 from softcvm.abi.insn import (
     Cpuid,
     GuestOp,
@@ -61,7 +62,7 @@ _LEAVES = frozenset(
         *("xsetbv", "monitor", "mwait", "vmrun", "vmload", "vmsave", "clgi", "stgi", "skinit"),
     }
 )
-_EFER_LMA, _CS_L, _CS_D = 1 << 10, 1 << 9, 1 << 10
+_CS_L, _CS_D = 1 << 9, 1 << 10
 _ENDS = ("ret", "call", "iretq", "syscall")
 
 
@@ -91,7 +92,7 @@ def leaves(code: bytes, mode: int, also: frozenset[str] = frozenset()) -> bool:
 def mode_of(state: Vmsa) -> int:
     """In which a processor with these registers executes: 16, 32 or 64 bits."""
     attrib = Segment(state.cs).attrib
-    if state.efer & _EFER_LMA and attrib & _CS_L:
+    if state.efer & EFER_LMA and attrib & _CS_L:
         return 64
     return 32 if attrib & _CS_D else 16
 

@@ -6,6 +6,7 @@ task switches and stacks are not modelled.
 
 import struct
 
+from softcvm.abi.control_registers import CR0_PE
 from softcvm.abi.svm import GuestException, Vector
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.cpu.idt import Event, Memory
@@ -14,7 +15,6 @@ from softcvm.sim.errors import Unmodelled
 
 __all__ = ("deliver_outside_long_mode",)
 
-_CR0_PE = 1
 _TF, _IF, _RF, _AC = 1 << 8, 1 << 9, 1 << 16, 1 << 18
 _IDT, _EXT = 2, 1
 _U16, _U32 = 0xFFFF, 0xFFFF_FFFF
@@ -23,7 +23,7 @@ _U16, _U32 = 0xFFFF, 0xFFFF_FFFF
 def deliver_outside_long_mode(memory: Memory, state: Vmsa, event: Event) -> None:
     """Push the frame and set `state` to the handler.  GuestException for a fault on the way."""
     table = Segment(state.idtr)
-    size = 8 if state.cr0 & _CR0_PE else 4
+    size = 8 if state.cr0 & CR0_PE else 4
     if size * event.vector + size - 1 > table.limit:
         raise GuestException(
             Vector.GP, event.vector << 3 | _IDT | (0 if event.length else _EXT)

@@ -7,6 +7,14 @@ MSRs that the VMSA does not hold, VMMCALL, HLT.
 
 from typing import Any
 
+from softcvm.abi.control_registers import (
+    CR0_PG,
+    CR4_OSXSAVE,
+    EFER_LMA,
+    EFER_LME,
+    EFER_MBZ,
+    EFER_SVME,
+)
 from softcvm.abi.ghcb import IoioInfo
 from softcvm.abi.insn import (
     Cpuid,
@@ -26,13 +34,12 @@ from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.cpu.core import GuestCpu
 from softcvm.hw.cpu.cpuid import cpuid
 from softcvm.hw.cpu.vmcb import Vmcb
-from softcvm.hw.cpu.vmrun import CR0_PG, EFER_LMA, EFER_LME, EFER_MBZ, EFER_SVME, VmExitRaised
+from softcvm.hw.cpu.vmrun import VmExitRaised
 from softcvm.hw.cpu.xsave import xsetbv
 
 __all__ = ("intercepted", "outcome")
 
 _U32 = (1 << 32) - 1
-_CR4_OSXSAVE = 1 << 18
 _DIRECT = {
     0x174: "sysenter_cs",
     0x175: "sysenter_esp",
@@ -88,7 +95,7 @@ def intercepted(cpu: GuestCpu, vmcb: Vmcb, op: GuestOp, length: int = 0) -> Any:
         case Hlt():
             # One comes with the host's next tick at the latest; the guest goes on behind its HLT then.
             raise VmExitRaised(ExitCode.HLT if vmcb.hlt_exits else ExitCode.INTR)
-        case Xsetbv() if not cpu.vmsa.cr4 & _CR4_OSXSAVE:
+        case Xsetbv() if not cpu.vmsa.cr4 & CR4_OSXSAVE:
             raise GuestException(Vector.UD)
         case Xsetbv(register, value) if cpu.sev_es:
             supported = cpuid(cpu.soc.profile, 0xD)

@@ -6,6 +6,15 @@ exact error code.  What lies behind a guest physical address is core.py's to rea
 
 from typing import NamedTuple, NoReturn, Protocol
 
+from softcvm.abi.control_registers import (
+    CR0_PG,
+    CR0_WP,
+    CR4_PAE,
+    CR4_SMAP,
+    CR4_SMEP,
+    EFER_LME,
+    EFER_NXE,
+)
 from softcvm.abi.svm import GuestException, PfErr, Vector
 from softcvm.abi.vmsa import Vmsa
 from softcvm.sim.errors import Unmodelled
@@ -15,9 +24,7 @@ __all__ = ("Access", "Linear", "PageTable", "walk_guest")
 _PRESENT, _WRITABLE, _USER, _ACCESSED, _DIRTY, _LARGE = 1, 2, 4, 1 << 5, 1 << 6, 1 << 7
 _NX = 1 << 63
 _ADDRESS = 0x000F_FFFF_FFFF_F000
-_CR0_WP, _CR4_SMEP, _CR4_SMAP, _EFER_NXE = 1 << 16, 1 << 20, 1 << 21, 1 << 11
 _RFLAGS_AC = 1 << 18
-_CR0_PG, _CR4_PAE, _EFER_LME = 1 << 31, 1 << 5, 1 << 8
 
 
 class PageTable(Protocol):
@@ -55,9 +62,9 @@ def walk_guest(
     c_bit: mask of the C-bit in entries and CR3; None without SEV, where that bit is reserved.  Without paging all
     memory of a SEV guest is encrypted.  [APM2-24593 §15.34.5]
     """
-    if not state.cr0 & _CR0_PG:
+    if not state.cr0 & CR0_PG:
         return Linear(address & 0xFFFF_FFFF, c_bit is not None, writable=True, executable=True)
-    if not (state.efer & _EFER_LME and state.cr4 & _CR4_PAE):
+    if not (state.efer & EFER_LME and state.cr4 & CR4_PAE):
         raise Unmodelled("paging in a guest outside of long mode")
     if address + (1 << 47) & (1 << 64) - 1 >= 1 << 48:
         raise GuestException(Vector.GP)
@@ -72,7 +79,7 @@ def walk_guest(
         if not entry & _PRESENT:
             _fault(state, address, access, PfErr(0))
         leaf = shift == 12 or bool(entry & _LARGE)
-        if _reserved(entry, shift, mask, leaf, nxe=bool(state.efer & _EFER_NXE)):
+        if _reserved(entry, shift, mask, leaf, nxe=bool(state.efer & EFER_NXE)):
             _fault(state, address, access, PfErr.PRESENT | PfErr.RSVD)
         rights &= entry
         nx |= bool(entry & _NX)
@@ -111,11 +118,11 @@ def _allowed(state: Vmsa, rights: int, *, nx: bool, access: Access) -> bool:
         if access.write and not rights & _WRITABLE:
             return False
     else:
-        if access.write and not rights & _WRITABLE and state.cr0 & _CR0_WP:
+        if access.write and not rights & _WRITABLE and state.cr0 & CR0_WP:
             return False
-        if access.fetch and user_page and state.cr4 & _CR4_SMEP:
+        if access.fetch and user_page and state.cr4 & CR4_SMEP:
             return False
-        smap = user_page and not access.fetch and state.cr4 & _CR4_SMAP
+        smap = user_page and not access.fetch and state.cr4 & CR4_SMAP
         if smap and (access.implicit or not state.rflags & _RFLAGS_AC):
             return False
     return not (access.fetch and nx)
@@ -126,6 +133,6 @@ def _fault(state: Vmsa, address: int, access: Access, code: PfErr) -> NoReturn:
         code |= PfErr.WRITE
     if access.user and not access.implicit:
         code |= PfErr.USER
-    if access.fetch and (state.efer & _EFER_NXE or state.cr4 & _CR4_SMEP):
+    if access.fetch and (state.efer & EFER_NXE or state.cr4 & CR4_SMEP):
         code |= PfErr.FETCH
     raise GuestException(Vector.PF, int(code), address)

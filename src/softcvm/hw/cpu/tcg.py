@@ -9,6 +9,7 @@ Of page tables only those of long mode are walked.
 
 from typing import Any
 
+from softcvm.abi.control_registers import CR4_OSXSAVE, CR4_TSD, EFER_LMA
 from softcvm.abi.insn import (
     GuestOp,
     Hlt,
@@ -65,10 +66,8 @@ __all__ = ("TcgCore",)
 _SLICE = Point("guest code")
 _U32 = (1 << 32) - 1
 _CF = 1
-_EFER_LMA = 1 << 10
 _WITH_ERROR_CODE = frozenset({8, 10, 11, 12, 13, 14, 17, 21, 29, 30})
 _LONGEST = 15
-_CR4_OSXSAVE, _CR4_TSD = 1 << 18, 1 << 2
 _RDTSC, _RDTSCP = b"\x0f\x31", b"\x0f\x01\xf9"
 _XSAVE_SIZE = 576 + 256
 
@@ -254,7 +253,7 @@ class TcgCore(State):
         assert self._registers is not None
         self._registers.store(state)
         try:
-            if state.efer & _EFER_LMA:
+            if state.efer & EFER_LMA:
                 deliver(self, state, event)
             else:
                 deliver_outside_long_mode(self, state, event)
@@ -298,7 +297,7 @@ class TcgCore(State):
             raise Unmodelled("RDTSCP of a guest with a TSC offset")
         if not code.startswith(_RDTSC):
             return 0
-        if state.cpl and state.cr4 & _CR4_TSD:
+        if state.cpl and state.cr4 & CR4_TSD:
             raise GuestException(Vector.GP)
         assert self._engine is not None
         tsc = host_tsc() + vmcb.tsc_offset
@@ -311,7 +310,7 @@ class TcgCore(State):
         if found is None:
             return 0
         name, address, length = found
-        if not state.cr4 & _CR4_OSXSAVE:
+        if not state.cr4 & CR4_OSXSAVE:
             raise GuestException(Vector.UD)
         mask = state.xcr0 & ((state.rdx & _U32) << 32 | state.rax & _U32)
         access = Access(user=state.cpl == 3)

@@ -9,12 +9,12 @@ Both sides are equal from load() until the engine has run: store() has nothing t
 import struct
 from typing import Any
 
+from softcvm.abi.control_registers import CR0_PG, EFER_LMA, EFER_LME
 from softcvm.abi.svm import Msr
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.cpu.engine import Engine
 from softcvm.hw.cpu.engine_state import SEGMENTS, unpack
 from softcvm.hw.cpu.tcg_batch import Batch
-from softcvm.hw.cpu.vmrun import CR0_PG, EFER_LMA, EFER_LME
 
 __all__ = ("Registers", "long_mode_active")
 

@@ -3,6 +3,16 @@
 Owns the checks on the VMSA page and on the state that would be loaded; each failure is #VMEXIT(INVALID).
 """
 
+from softcvm.abi.control_registers import (
+    CR0_CD,
+    CR0_NW,
+    CR0_PE,
+    CR0_PG,
+    CR4_PAE,
+    EFER_LME,
+    EFER_MBZ,
+    EFER_SVME,
+)
 from softcvm.abi.svm import ExitCode, NestedCtl, SevFeatures
 from softcvm.abi.vmsa import Segment, Vmsa
 from softcvm.hw.access import check_hypervisor_owned
@@ -11,20 +21,8 @@ from softcvm.hw.rmp import ASID_MASK, ASID_SHIFT, ASSIGNED, IMMUTABLE, VMSA
 from softcvm.hw.soc import Soc
 from softcvm.sim.addr import PAGE_MASK, PAGE_SHIFT, PAGE_SIZE, PgLevel
 
-__all__ = (
-    "CR0_PG",
-    "EFER_LMA",
-    "EFER_LME",
-    "EFER_MBZ",
-    "EFER_SVME",
-    "VmExitRaised",
-    "guest_state",
-)
+__all__ = ("VmExitRaised", "guest_state")
 
-_CR0_PE, _CR0_NW, _CR0_CD, CR0_PG = 1, 1 << 29, 1 << 30, 1 << 31
-_CR4_PAE = 1 << 5
-EFER_LME, EFER_LMA, EFER_SVME = 1 << 8, 1 << 10, 1 << 12
-EFER_MBZ = ~0x36_FD01  # bits without a name in APM2 §3.1.7
 _CS_L, _CS_D = 1 << 9, 1 << 10  # in a segment's packed attributes
 
 
@@ -80,12 +78,12 @@ def _consistent(state: Vmsa) -> bool:
     efer, cr0, cr4 = state.efer, state.cr0, state.cr4
     if not efer & EFER_SVME or efer & EFER_MBZ:
         return False
-    if cr0 >> 32 or (cr0 & _CR0_NW and not cr0 & _CR0_CD):
+    if cr0 >> 32 or (cr0 & CR0_NW and not cr0 & CR0_CD):
         return False
     if state.dr6 >> 32 or state.dr7 >> 32:
         return False
     if efer & EFER_LME and cr0 & CR0_PG:
-        if not cr4 & _CR4_PAE or not cr0 & _CR0_PE:
+        if not cr4 & CR4_PAE or not cr0 & CR0_PE:
             return False
         attrib = Segment(state.cs).attrib
         if attrib & _CS_L and attrib & _CS_D:
